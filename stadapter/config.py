@@ -1,0 +1,241 @@
+"""What one training is, as frozen values.
+
+A `Recipe` holds every field that decides a result, and nothing else: where files lie, how many GPUs work on it
+and where it is logged are arguments of the functions that use them. Two trainings with equal recipes must give
+equal numbers, so a recipe can be hashed into the identity of a trial.
+
+Fields are addressed by their dotted path everywhere a person meets them: `adapter.kernel_size` on the command
+line, in MLflow and in a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Placement = Literal["before_mhsa", "after_mhsa", "both"]
+Activation = Literal["none", "gelu"]
+Strategy = Literal["st_adapter", "linear_probe", "full"]
+Sampling = Literal["uniform", "dense"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class ConfigError(ValueError):
+    """A value the user gave cannot work. The message is one line: what, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips, and how frames become pixels (paper, section 4.1 and supplement; authors' training commands)."""
+
+    dataset: str
+    num_classes: int
+    num_frames: int = 8
+    frame_size: int = 224
+    sampling: Sampling = "uniform"
+    frame_stride: int = 16  # frames between two sampled ones; dense sampling only
+    short_side_jitter: tuple[float, float] | None = None  # of frame_size, then a random crop
+    random_resized_crop: tuple[float, float] | None = None  # share of the frame's area
+    horizontal_flip: bool = False
+    rand_augment: str | None = None  # a timm string, e.g. "rand-m7-n4-mstd0.5-inc1"
+    test_temporal_views: int = 1
+    test_spatial_views: int = 1
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen image transformer.
+
+    `name` is `timm/<model>`, `open_clip/<model>/<pretrained tag>`, or `embedded` for the one in the package.
+    `weights` is empty for the library's own weights, or the SHA-256 of the file given by `--weights`, or `seed:<n>`
+    for random ones (tests, timings).
+    """
+
+    name: str
+    weights: str = ""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """ST-Adapter(X) = X + f(DWConv3D(X W_down)) W_up (paper, equation 5)."""
+
+    bottleneck_width: int = 384
+    kernel_size: tuple[int, int, int] = (3, 1, 1)  # (t, h, w)
+    activation: Activation = "none"
+    placement: Placement = "before_mhsa"
+    blocks: tuple[int, ...] | None = None  # 0-based; None: every block
+
+    def __post_init__(self) -> None:
+        if self.bottleneck_width < 1:
+            raise ConfigError(
+                f"adapter.bottleneck_width = {self.bottleneck_width}: the bottleneck needs at least 1 channel"
+            )
+        if len(self.kernel_size) != 3 or any(extent < 1 or extent % 2 == 0 for extent in self.kernel_size):
+            raise ConfigError(
+                f"adapter.kernel_size = {self.kernel_size}: needs three odd positive extents (t, h, w), "
+                "such as (3, 1, 1); an even kernel has no centre"
+            )
+        if self.blocks is not None and len(set(self.blocks)) != len(self.blocks):
+            raise ConfigError(f"adapter.blocks = {self.blocks}: a block is named twice")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, linear warm-up, cosine to zero, all per step (authors' training commands)."""
+
+    epochs: int
+    global_batch: int  # clips per optimiser step, whatever the number of GPUs
+    base_lr: float  # per 256 clips; the rate used is base_lr * global_batch / 256
+    warmup_epochs: float = 2.0
+    weight_decay: float = 0.01  # 0 on biases and norms
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    head_dropout: float = 0.5
+    precision: Precision = "float32"  # of the autocast region; adapters, head and optimiser stay in float32
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch", "base_lr"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optim.{name} = {getattr(self, name)}: must be above 0")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ConfigError(
+                f"optim.warmup_epochs = {self.warmup_epochs}: must be at least 0 and below optim.epochs = {self.epochs}"
+            )
+        if not 0 <= self.head_dropout < 1:
+            raise ConfigError(f"optim.head_dropout = {self.head_dropout}: must be in [0, 1)")
+
+    @property
+    def peak_lr(self) -> float:
+        return self.base_lr * self.global_batch / 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete description of one training. `name` is a label: it is shown, and decides nothing."""
+
+    name: str
+    data: DataConfig
+    backbone: BackboneConfig
+    optim: OptimConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    strategy: Strategy = "st_adapter"
+    train_final_norm: bool = False
+    seed: int = 0
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Every field as {dotted path: value}, tuples as lists, in the order of definition: what is logged and hashed."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if dataclasses.is_dataclass(value):
+            for f in dataclasses.fields(value):
+                visit(f"{prefix}.{f.name}" if prefix else f.name, getattr(value, f.name))
+        else:
+            flat[prefix] = list(value) if isinstance(value, tuple) else value
+
+    visit("", recipe)
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> Recipe:
+    """The inverse of `flatten`; an unknown or missing field is a ConfigError."""
+    unknown = set(flat)
+
+    def build(cls: type, prefix: str) -> Any:
+        hints = typing.get_type_hints(cls)
+        values = {}
+        for f in dataclasses.fields(cls):
+            path = f"{prefix}.{f.name}" if prefix else f.name
+            if dataclasses.is_dataclass(hints[f.name]):
+                values[f.name] = build(hints[f.name], path)
+            elif path in flat:
+                unknown.discard(path)
+                values[f.name] = _coerce(path, hints[f.name], flat[path])
+            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{path}: the field is missing")
+        return cls(**values)
+
+    recipe = build(Recipe, "")
+    if unknown:
+        raise ConfigError(f"{sorted(unknown)[0]}: a recipe has no such field")
+    return recipe
+
+
+def replace(recipe: Recipe, **fields: Any) -> Recipe:
+    """A copy with fields changed by dotted path: `replace(recipe, **{"adapter.kernel_size": (3, 1, 1)})`."""
+    flat = flatten(recipe)
+    for path, value in fields.items():
+        if path not in flat:
+            raise ConfigError(f"{path}: a recipe has no such field; it has {', '.join(flat)}")
+        flat[path] = list(value) if isinstance(value, tuple) else value
+    return unflatten(flat)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`adapter.kernel_size=3,1,1` -> ("adapter.kernel_size", (3, 1, 1)), typed as the field is."""
+    path, separator, raw = text.partition("=")
+    path = path.strip()
+    if not separator:
+        raise ConfigError(f"--set {text}: expected FIELD=VALUE, such as adapter.bottleneck_width=192")
+    hint: Any = Recipe
+    for part in path.split("."):
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        if part not in hints:
+            raise ConfigError(f"--set {text}: a recipe has no field '{path}'; try --help for the list")
+        hint = hints[part]
+    if dataclasses.is_dataclass(hint):
+        raise ConfigError(f"--set {text}: '{path}' is a group of fields; name one of them")
+    return path, _coerce(path, hint, raw.strip())
+
+
+def _coerce(path: str, hint: Any, value: Any) -> Any:
+    """`value` (JSON value, Python value or command line text) as the type of the field, or a ConfigError."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if origin is Literal:
+            if value not in args:
+                raise ConfigError(f"{path} = {value}: must be one of {', '.join(map(str, args))}")
+            return value
+        if origin is tuple:
+            items = [v for v in value.strip("()[] ").split(",") if v.strip()] if isinstance(value, str) else list(value)
+            kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
+            if len(items) != len(kinds):
+                raise ConfigError(f"{path} = {value}: needs {len(kinds)} values separated by commas")
+            return tuple(_coerce(path, kind, item) for kind, item in zip(kinds, items, strict=True))
+        if hint is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if hint is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        return hint(value)
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"{path} = {value}: cannot be read as {getattr(hint, '__name__', hint)}") from None
+
+
+# Raised by hand when a change of the code changes the numbers that an unchanged recipe gives.
+RESULTS_VERSION = 1
+
+
+def identity(recipe: Recipe) -> str:
+    """12 hex digits, equal exactly when two trainings must give equal numbers: a hash of every field but the name."""
+    fields = {path: value for path, value in flatten(recipe).items() if path != "name"}
+    text = json.dumps({"fields": fields, "results_version": RESULTS_VERSION}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """A 63-bit seed of its own for each purpose (data order, augmentation, dropout, ...) and step, epoch or clip."""
+    text = "/".join(map(str, (seed, purpose, *numbers)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

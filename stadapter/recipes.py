@@ -1,0 +1,96 @@
+"""The named recipes, as plain values: scripts, notebooks and cluster jobs import the same ones.
+
+`embedded` and `embedded_digits` need nothing but the package. The others are the authors' published training commands;
+where such a command gives a batch per GPU, the global batch here is that of their number of GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+from pathlib import Path
+
+from stadapter.config import AdapterConfig, BackboneConfig, ConfigError, DataConfig, OptimConfig, Recipe
+
+# Which way do the digits move? 12 classes in 6 pairs that only the direction of time tells apart.
+embedded = Recipe(
+    name="embedded",
+    data=DataConfig(dataset="embedded_motion", num_classes=12, num_frames=8, frame_size=60),
+    backbone=BackboneConfig("embedded"),
+    adapter=AdapterConfig(bottleneck_width=48, kernel_size=(3, 3, 3)),
+    train_final_norm=True,
+    optim=OptimConfig(
+        epochs=4,
+        warmup_epochs=1.2,
+        global_batch=8,
+        base_lr=0.256,  # 8e-3 at 8 clips: small clips, small batches, few epochs
+        betas=(0.9, 0.95),  # 0.999 diverges at this rate
+        weight_decay=0.02,
+        clip_norm=1.0,
+        head_dropout=0.0,
+    ),
+)
+
+# Which digit is it? A question about appearance: a linear probe already answers it well.
+embedded_digits = dataclasses.replace(
+    embedded,
+    name="embedded_digits",
+    data=dataclasses.replace(embedded.data, dataset="embedded_digit", num_classes=10),
+)
+
+ssv2_clip_b16 = Recipe(
+    name="ssv2_clip_b16",
+    data=DataConfig(
+        dataset="ssv2",
+        num_classes=174,
+        random_resized_crop=(0.08, 1.0),
+        rand_augment="rand-m7-n4-mstd0.5-inc1",
+        test_spatial_views=3,
+    ),
+    backbone=BackboneConfig("timm/vit_base_patch16_clip_224.openai"),
+    adapter=AdapterConfig(bottleneck_width=384, kernel_size=(3, 1, 1), placement="both"),
+    optim=OptimConfig(epochs=50, global_batch=64 * 4, base_lr=1e-3, precision="float16"),
+)
+
+kinetics400_clip_b16 = Recipe(
+    name="kinetics400_clip_b16",
+    data=DataConfig(
+        dataset="kinetics400",
+        num_classes=400,
+        sampling="dense",
+        frame_stride=16,
+        short_side_jitter=(1.0, 1.15),
+        horizontal_flip=True,
+        test_temporal_views=3,
+    ),
+    backbone=BackboneConfig("timm/vit_base_patch16_clip_224.openai"),
+    adapter=AdapterConfig(bottleneck_width=384, kernel_size=(3, 1, 1), placement="after_mhsa"),
+    optim=OptimConfig(epochs=12, global_batch=64 * 3, base_lr=1e-3, precision="float16"),
+)
+
+
+def names() -> list[str]:
+    """The names of all recipes, embedded ones first."""
+    return [name for name, value in globals().items() if isinstance(value, Recipe)]
+
+
+def get(name: str) -> Recipe:
+    """The recipe of that name, or a ConfigError that lists them."""
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"--recipe {name}: no such recipe{hint} There are {', '.join(names())}")
+    return globals()[name]
+
+
+def with_weights(recipe: Recipe, file: Path | None) -> Recipe:
+    """The recipe with backbone weights from `file`: what decides results is the file's content, not its place."""
+    if file is None:
+        return recipe
+    try:
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"--weights {file}: cannot be read ({error.strerror})") from None
+    return dataclasses.replace(recipe, backbone=dataclasses.replace(recipe.backbone, weights=digest))
