@@ -1,0 +1,94 @@
+"""ST-Adapter, the module of the paper (Pan et al., arXiv 2206.13559, equation 5), in PyTorch alone.
+
+    ST-Adapter(X) = X + f(DWConv3D(X W_down)) W_up
+
+A bottleneck that lets the patch tokens of neighbouring frames (and, with a spatial kernel, of neighbouring places)
+see each other through a depthwise 3-D convolution. The CLS tokens pass untouched.
+
+Shapes: M = B * T images (B clips of T frames, the frames of a clip one after another), S = 1 + N tokens per image
+(CLS first, then N = side * side patches row by row), D width, C bottleneck width, (kT, kH, kW) kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class STAdapter(nn.Module):
+    """`kernel_size` is (t, h, w), odd. `activation` is f: "none", as the authors' released weights have it, or "gelu".
+
+    A fresh adapter is exactly the identity: the convolution starts at zero, and so do all biases. The two linear maps
+    start at random, or no gradient would ever reach the convolution.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        bottleneck_width: int = 384,
+        kernel_size: tuple[int, int, int] = (3, 1, 1),
+        activation: str = "none",
+    ) -> None:
+        super().__init__()
+        if any(extent % 2 == 0 for extent in kernel_size):
+            raise ValueError(f"kernel_size {kernel_size}: an even kernel has no centre")
+        if activation not in ("none", "gelu"):
+            raise ValueError(f"activation {activation!r}: must be 'none' or 'gelu'")
+        self.activation = activation
+        self.down = nn.Linear(width, bottleneck_width)
+        # A Conv3d for its parameters, [C, 1, kT, kH, kW], as the published checkpoints store them; see `depthwise`.
+        self.conv = nn.Conv3d(bottleneck_width, bottleneck_width, kernel_size, groups=bottleneck_width)
+        self.up = nn.Linear(bottleneck_width, width)
+        nn.init.zeros_(self.conv.weight)
+        for layer in (self.down, self.conv, self.up):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x_MSD: Tensor, num_frames: int) -> Tensor:
+        """Tokens [M, 1 + N, D] -> tokens of the same shape; M must be a multiple of `num_frames`."""
+        # CLS goes down with the rest and is dropped in the bottleneck: cheaper than copying N of N + 1 wide tokens.
+        z_MNC = self.down(x_MSD)[:, 1:]
+        z_MNC = depthwise(z_MNC, self.conv.weight, self.conv.bias, num_frames)
+        if self.activation == "gelu":
+            z_MNC = F.gelu(z_MNC)
+        return torch.cat([x_MSD[:, :1], x_MSD[:, 1:] + self.up(z_MNC)], dim=1)
+
+
+def depthwise(z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int) -> Tensor:
+    """Depthwise convolution over (frame, row, column), zero-padded: [M, N, C] -> [M, N, C], weight [C, 1, kT, kH, kW].
+
+    What `F.conv3d` gives, by 2-D convolutions that read the tokens where they lie (channels last): 6 to 18 times
+    faster for a temporal kernel and 1.4 to 2.5 times for 3x3x3, forward and backward on a CPU.
+    """
+    if z_MNC.device.type != "cpu":
+        return _depthwise(z_MNC, weight, bias, num_frames)
+    # A CPU convolves bfloat16 2 to 3.5 times slower than float32.
+    dtype = torch.float32 if z_MNC.dtype in (torch.bfloat16, torch.float16) else z_MNC.dtype
+    with torch.autocast("cpu", enabled=False):
+        cast_bias = None if bias is None else bias.to(dtype)
+        return _depthwise(z_MNC.to(dtype), weight.to(dtype), cast_bias, num_frames).to(z_MNC.dtype)
+
+
+def _depthwise(z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int) -> Tensor:
+    M, N, C = z_MNC.shape
+    T = num_frames
+    kT, kH, kW = weight.shape[2:]
+    if kH == kW == 1:
+        # Purely temporal: an "image" of T rows and N columns, and a kernel one column wide.
+        image_BCTN = z_MNC.reshape(M // T, T, N, C).permute(0, 3, 1, 2)
+        out_BCTN = F.conv2d(image_BCTN, weight.squeeze(-1), bias, padding=(kT // 2, 0), groups=C)
+        return out_BCTN.permute(0, 2, 3, 1).reshape(M, N, C)
+    # One 2-D convolution per temporal tap; the tap for offset dt adds frame t + dt's answer to frame t.
+    side = round(N**0.5)
+    image_MCHW = z_MNC.reshape(M, side, side, C).permute(0, 3, 1, 2)
+
+    def convolve(tap: int, tap_bias: Tensor | None) -> Tensor:
+        out_MCHW = F.conv2d(image_MCHW, weight[:, :, tap], tap_bias, padding=(kH // 2, kW // 2), groups=C)
+        return out_MCHW.permute(0, 2, 3, 1).reshape(M // T, T, N, C)
+
+    sum_BTNC = convolve(kT // 2, bias)
+    for dt in range(1, min(kT // 2, T - 1) + 1):
+        sum_BTNC[:, :-dt] += convolve(kT // 2 + dt, None)[:, dt:]
+        sum_BTNC[:, dt:] += convolve(kT // 2 - dt, None)[:, :-dt]
+    return sum_BTNC.reshape(M, N, C)

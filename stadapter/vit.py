@@ -1,0 +1,142 @@
+"""The plain vision transformer that every backbone is loaded into, whichever library its weights come from.
+
+One block interface serves timm, open_clip and the embedded weights: a block is two residual branches, `attend` and
+`mlp`, and the caller decides what happens before, between and after them. Nothing here knows about video or adapters.
+
+Shapes: M images (B clips x T frames), S = 1 + N tokens per image (CLS first, then the patches row by row), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VitShape:
+    """The architecture, enough to build it without weights (on the meta device as well)."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    norm_eps: float = 1e-6
+    pre_norm: bool = False  # CLIP normalises the embedded tokens before the first block
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    layer_scale: bool = False
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "quick_gelu":
+        return F.silu(1.702 * x) * (
+            1 / 1.702
+        )  # x * sigmoid(1.702 x), keeping one tensor for the backward pass, not two
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for [M, heads, tokens, d]."""
+    # PyTorch's fused kernel is right on a GPU and for many tokens. On a CPU its backward pass is slow for few tokens
+    # (2x at 26) and slower in bfloat16 (5x at 26 tokens, 3x at 197; one core, PyTorch 2.14).
+    if q.device.type == "cpu" and (q.dtype != torch.float32 or k.shape[2] < 128):
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, as its two residual branches."""
+
+    def __init__(self, shape: VitShape) -> None:
+        super().__init__()
+        width = shape.width
+        self.heads, self.activation = shape.heads, shape.activation
+        self.norm1 = nn.LayerNorm(width, eps=shape.norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=shape.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=shape.norm_eps)
+        self.fc1 = nn.Linear(width, shape.mlp_width)
+        self.fc2 = nn.Linear(shape.mlp_width, width)
+        self.scale1 = nn.Parameter(torch.ones(width)) if shape.layer_scale else None
+        self.scale2 = nn.Parameter(torch.ones(width)) if shape.layer_scale else None
+
+    def attend(self, x_MSD: Tensor, cls_only: bool = False) -> Tensor:
+        """What self-attention adds to the tokens; with `cls_only`, to CLS alone: [M, 1, D]."""
+        M, S, D = x_MSD.shape
+        h = self.norm1(x_MSD)
+        if cls_only:
+            bias_q, bias_kv = (None, None) if self.qkv.bias is None else (self.qkv.bias[:D], self.qkv.bias[D:])
+            q = F.linear(h[:, :1], self.qkv.weight[:D], bias_q).view(M, 1, self.heads, -1).transpose(1, 2)
+            kv = F.linear(h, self.qkv.weight[D:], bias_kv).view(M, S, 2, self.heads, -1)
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q, k, v = self.qkv(h).view(M, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        out = self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return out if self.scale1 is None else out * self.scale1
+
+    def mlp(self, x_MSD: Tensor) -> Tensor:
+        """What the MLP adds to the tokens."""
+        out = self.fc2(activate(self.fc1(self.norm2(x_MSD)), self.activation))
+        return out if self.scale2 is None else out * self.scale2
+
+
+class ViT(nn.Module):
+    """Patch embedding, blocks and final norm; `forward` gives the tokens after the final norm."""
+
+    def __init__(self, shape: VitShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.patch_embed = nn.Conv2d(3, shape.width, shape.patch_size, shape.patch_size, bias=shape.patch_bias)
+        self.cls_token = nn.Parameter(torch.zeros(shape.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1 + shape.num_patches, shape.width))
+        self.norm_pre = nn.LayerNorm(shape.width, eps=shape.norm_eps) if shape.pre_norm else None
+        # A ModuleList, which type checkers only know to hold modules.
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(shape) for _ in range(shape.depth)))
+        self.norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+
+    def embed(self, pixels_MCHW: Tensor) -> Tensor:
+        """Normalised pixels [M, 3, H, W] -> tokens [M, 1 + N, D], before the first block."""
+        patches = self.patch_embed(pixels_MCHW).flatten(2).transpose(1, 2)
+        cls = self.cls_token.expand(len(patches), 1, -1)
+        x_MSD = torch.cat([cls.to(patches.dtype), patches], dim=1) + self.pos_embed
+        return x_MSD if self.norm_pre is None else self.norm_pre(x_MSD)
+
+    def forward(self, pixels_MCHW: Tensor) -> Tensor:
+        """Normalised pixels [M, 3, H, W] -> tokens [M, 1 + N, D], after the final norm."""
+        x_MSD = self.embed(pixels_MCHW)
+        for block in self.blocks:
+            x_MSD = x_MSD + block.attend(x_MSD)
+            x_MSD = x_MSD + block.mlp(x_MSD)
+        return self.norm(x_MSD)
+
+
+def seed_weights(vit: ViT, seed: int) -> None:
+    """Random weights of a sensible scale, for tests, timings and pretraining: truncated normals, zero biases."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in vit.named_parameters():
+            if parameter.ndim > 1 or name == "cls_token":
+                fan_in = parameter[0].numel() if name.endswith("weight") else 2500  # embeddings: std 0.02
+                nn.init.trunc_normal_(parameter, std=fan_in**-0.5, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+
+# The architecture of the backbone in the package; `stadapter.pretrain_embedded` trains its weights.
+EMBEDDED_SHAPE = VitShape(image_size=60, patch_size=12, width=96, depth=6, heads=3, mlp_width=384, activation="gelu")
