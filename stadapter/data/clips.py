@@ -1,0 +1,292 @@
+"""Clips as batches of pixels: a data set whose items are pure functions of (seed, epoch, index), and its loaders.
+
+Nothing here depends on who asks: the same global batch comes out whatever the number of processes, loader workers or
+passes it is split into. Loader workers are started by a fork server, never forked from the training process, since
+neither a decoder nor CUDA survives a fork with threads; a script that uses workers therefore guards its start by
+`if __name__ == "__main__":`.
+
+Shapes: B clips in a micro-batch, G clips in a global batch, V views, T frames, S = frame_size.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from stadapter.config import ConfigError, DataConfig
+from stadapter.data.annotations import ClipList
+from stadapter.data.decoding import Backend, ClipError, decode
+from stadapter.data.sampling import dense_indices, uniform_indices
+from stadapter.data.transforms import check_transforms, test_views, train_pixels
+
+logger = logging.getLogger(__name__)
+
+Sampling = Callable[[int], list[int]]  # number of frames -> indices
+TrainKey = tuple[int, int, int]  # epoch, index of the clip, position in the global batch
+
+# Random streams of one seed: the order of clips, and everything drawn for one clip.
+_ORDER, _CLIP = 0, 1
+_MAX_REPLACEMENTS = 10
+
+# Whole decoded clips, for `memory_cache`: (path, file size, time of change, decoder) -> uint8 [all frames, H, W, 3].
+_MEMORY: dict[tuple[str, int, int, str], np.ndarray] = {}
+_MEMORY_CLIP_FRAMES, _MEMORY_CLIP_BYTES, _MEMORY_BYTES = 64, 2**20, 2**29
+
+
+class ClipDataset(Dataset[dict[str, Tensor]]):
+    """The clips of a list as pixels.
+
+    Training items, asked for by (epoch, index) or (epoch, index, position): pixels uint8 [T, 3, S, S].
+    Testing items, asked for by index: pixels uint8 [V, T, 3, S, S].
+    Both: label int64 [], index int64 [], bad bool [], and position int64 [] where it was given.
+
+    A clip that cannot be read is tried twice and then marked `bad`. In training the next readable clip stands in for
+    it, with its own label; in testing its pixels are zeros, and it must be counted as wrong.
+
+    `memory_cache` keeps every frame of tiny clips (64 frames, 1 MiB) in this process, up to 512 MiB, for all data sets
+    made in it: pixels are the same, and a process that runs trial after trial decodes once. Loader workers end with
+    their loader and gain nothing from it between trials.
+    """
+
+    def __init__(
+        self,
+        clips: ClipList,
+        config: DataConfig,
+        seed: int,
+        train: bool,
+        decoder: Backend = "auto",
+        memory_cache: bool = False,
+    ) -> None:
+        check_transforms(config)
+        if config.sampling == "uniform" and config.test_temporal_views != 1:
+            raise ConfigError(f"data.test_temporal_views = {config.test_temporal_views}: uniform sampling has 1 view")
+        self.config, self.seed, self.train, self.decoder = config, seed, train, decoder
+        self.root, self.memory_cache = clips.root, memory_cache
+        # Tensors are handed to workers as shared memory, where lists of a million strings would be copied to each.
+        encoded = [os.fsencode(path) for path in clips.paths]
+        self._path_ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0)
+        self._path_bytes = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        self._labels = torch.tensor(clips.labels, dtype=torch.int64)
+        self._reversed = torch.tensor(clips.reversed, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def path(self, index: int) -> str:
+        start = int(self._path_ends[index - 1]) if index else 0
+        return os.path.join(
+            self.root, os.fsdecode(self._path_bytes[start : int(self._path_ends[index])].numpy().tobytes())
+        )
+
+    def __getitem__(self, key: int | tuple[int, int] | TrainKey) -> dict[str, Tensor]:
+        if isinstance(key, tuple) != self.train:
+            raise TypeError(f"key {key}: training items are asked for by (epoch, index), testing items by index")
+        if isinstance(key, tuple):
+            epoch, index = key[:2]
+            pixels, source = self._train_item(epoch, index)
+            item = self._item(index, pixels, source, bad=source != index)
+            if len(key) == 3:
+                item["position"] = torch.tensor(key[2])
+            return item
+        try:
+            return self._item(key, _twice(self._test_pixels, key), key, bad=False)
+        except ClipError as error:
+            logger.warning("counted as wrong: %s", error)
+            c = self.config
+            shape = (c.test_temporal_views * c.test_spatial_views, c.num_frames, 3, c.frame_size, c.frame_size)
+            return self._item(key, torch.zeros(shape, dtype=torch.uint8), key, bad=True)
+
+    def _item(self, index: int, pixels: Tensor, source: int, bad: bool) -> dict[str, Tensor]:
+        return {
+            "pixels": pixels,
+            "label": self._labels[source].clone(),
+            "index": torch.tensor(index),
+            "bad": torch.tensor(bad),
+        }
+
+    def _train_item(self, epoch: int, index: int) -> tuple[Tensor, int]:
+        """The pixels of a clip, or of the first readable one after it, and the index of that one."""
+        for offset in range(min(_MAX_REPLACEMENTS + 1, len(self))):
+            source = (index + offset) % len(self)
+            try:
+                return _twice(self._train_pixels, epoch, source), source
+            except ClipError as error:
+                logger.warning("replaced by the next clip: %s", error)
+        raise ClipError(f"{self.path(index)}: it and the {offset} clips after it in the list cannot be read")
+
+    def _train_pixels(self, epoch: int, index: int) -> Tensor:
+        rng = np.random.default_rng((_CLIP, self.seed, epoch, index))
+        return train_pixels(self._frames(index, functools.partial(self._train_indices, rng=rng)), self.config, rng)
+
+    def _test_pixels(self, index: int) -> Tensor:
+        return test_views(self._frames(index, self._test_indices), self.config)
+
+    def _frames(self, index: int, indices: Sampling) -> np.ndarray:
+        read = _decode_through_memory if self.memory_cache else _decode
+        frames = read(self.path(index), indices, self.decoder)
+        if self._reversed[index]:
+            # The same frames in opposite order, as if the reversed video were sampled at mirrored places.
+            views = 1 if self.train else self.config.test_temporal_views
+            frames = frames.reshape(views, -1, *frames.shape[1:])[:, ::-1].reshape(frames.shape)
+        return frames
+
+    def _train_indices(self, num_total: int, rng: np.random.Generator) -> list[int]:
+        c = self.config
+        if c.sampling == "dense":
+            return dense_indices(num_total, c.num_frames, c.frame_stride, rng)
+        return uniform_indices(num_total, c.num_frames, rng)
+
+    def _test_indices(self, num_total: int) -> list[int]:
+        c = self.config
+        if c.sampling == "uniform":
+            return uniform_indices(num_total, c.num_frames)
+        views = c.test_temporal_views
+        return [
+            i
+            for view in range(views)
+            for i in dense_indices(num_total, c.num_frames, c.frame_stride, view=view, num_views=views)
+        ]
+
+
+def _decode(path: str, indices: Sampling, decoder: Backend) -> np.ndarray:
+    return decode(path, indices, backend=decoder)
+
+
+def _decode_through_memory(path: str, indices: Sampling, decoder: Backend) -> np.ndarray:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return _decode(path, indices, decoder)
+    key = (path, stat.st_size, stat.st_mtime_ns, decoder)
+    if key in _MEMORY:
+        return _MEMORY[key][indices(len(_MEMORY[key]))]
+    total = 0
+
+    def all_of_a_short_clip(num_total: int) -> list[int]:
+        nonlocal total
+        total = num_total
+        return list(range(num_total)) if num_total <= _MEMORY_CLIP_FRAMES else indices(num_total)
+
+    frames = _decode(path, all_of_a_short_clip, decoder)
+    if total > _MEMORY_CLIP_FRAMES:
+        return frames
+    if frames.nbytes <= min(_MEMORY_CLIP_BYTES, _MEMORY_BYTES - sum(kept.nbytes for kept in _MEMORY.values())):
+        _MEMORY[key] = frames
+    return frames[indices(total)]
+
+
+def _twice(read: Any, *key: int) -> Tensor:
+    try:
+        return read(*key)
+    except ClipError:  # storage hiccups pass
+        return read(*key)
+
+
+def steps_per_epoch(num_clips: int, global_batch: int) -> int:
+    """Complete global batches in one epoch; a ConfigError if there is none."""
+    if num_clips < global_batch:
+        raise ConfigError(f"optim.global_batch = {global_batch}: the training list has only {num_clips} clips")
+    return num_clips // global_batch
+
+
+def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch shows the clips: int64 [num_clips], a permutation."""
+    return np.random.default_rng((_ORDER, seed, epoch)).permutation(num_clips)
+
+
+class GlobalBatches(Sampler[list[TrainKey]]):
+    """One process's keys for a range of optimiser steps, a micro-batch at a time.
+
+    Step s belongs to epoch s // steps_per_epoch and takes the next G clips of that epoch's order; an incomplete last
+    batch is dropped. Process `rank` takes a contiguous share of G / world clips, in chunks of at most `micro_batch`.
+    """
+
+    def __init__(
+        self,
+        num_clips: int,
+        global_batch: int,
+        *,
+        steps: range,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch: int | None = None,
+    ) -> None:
+        if global_batch % world:
+            raise ConfigError(f"optim.global_batch = {global_batch}: cannot be shared evenly by {world} processes")
+        self.num_clips, self.global_batch, self.steps, self.seed = num_clips, global_batch, steps, seed
+        self.epoch_steps = steps_per_epoch(num_clips, global_batch)
+        self.share = global_batch // world
+        self.first = rank * self.share
+        self.micro_batch = min(micro_batch or self.share, self.share)
+        self.passes_per_step = -(-self.share // self.micro_batch)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.passes_per_step
+
+    def __iter__(self) -> Iterator[list[TrainKey]]:
+        order, order_epoch = np.empty(0, np.int64), -1
+        for step in self.steps:
+            epoch, step_in_epoch = divmod(step, self.epoch_steps)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(self.num_clips, self.seed, epoch), epoch
+            start = step_in_epoch * self.global_batch
+            for offset in range(0, self.share, self.micro_batch):
+                positions = range(self.first + offset, self.first + min(offset + self.micro_batch, self.share))
+                yield [(epoch, int(order[start + position]), position) for position in positions]
+
+
+def train_loader(
+    dataset: ClipDataset,
+    global_batch: int,
+    *,
+    steps: range,
+    rank: int = 0,
+    world: int = 1,
+    micro_batch: int | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[dict[str, Tensor]]:
+    """This process's micro-batches for the steps, in order: pixels uint8 [B, T, 3, S, S], label, index, position int64
+    [B] (the position in the global batch), bad bool [B]."""
+    batches = GlobalBatches(
+        len(dataset), global_batch, steps=steps, seed=dataset.seed, rank=rank, world=world, micro_batch=micro_batch
+    )
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_workers(num_workers))
+
+
+def test_loader(
+    dataset: ClipDataset, batch: int, *, rank: int = 0, world: int = 1, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader[dict[str, Tensor]]:
+    """This process's share of the clips, every `world`-th one, none twice: pixels uint8 [B, V, T, 3, S, S], label and
+    index int64 [B], bad bool [B]. The last batch may be smaller, and a share may be empty."""
+    share = range(rank, len(dataset), world)
+    batches = [list(share[start : start + batch]) for start in range(0, len(share), batch)]
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_workers(num_workers))
+
+
+test_loader.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
+
+
+def _workers(num_workers: int) -> dict[str, Any]:
+    # A loader without a generator of its own draws a number from torch's global one: loading must not shift the model's
+    # random numbers.
+    if num_workers == 0:
+        return {"num_workers": 0, "generator": torch.Generator()}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
+    return {
+        "num_workers": num_workers,
+        "multiprocessing_context": context,
+        "persistent_workers": True,
+        "generator": torch.Generator(),
+    }
