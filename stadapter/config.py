@@ -220,6 +220,8 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         if hint is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
         return hint(value)
+    except ConfigError:
+        raise
     except (ValueError, TypeError, KeyError):
         raise ConfigError(f"{path} = {value}: cannot be read as {getattr(hint, '__name__', hint)}") from None
 

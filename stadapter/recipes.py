@@ -79,8 +79,8 @@ def get(name: str) -> Recipe:
     """The recipe of that name, or a ConfigError that lists them."""
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"--recipe {name}: no such recipe{hint} There are {', '.join(names())}")
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"--recipe {name}: no such recipe{hint}; there are {', '.join(names())}")
     return globals()[name]
 
 

@@ -1,0 +1,110 @@
+"""`python -m stadapter`: one training from the command line, in this process or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from stadapter import config, recipes
+from stadapter.config import ConfigError, Recipe
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m stadapter",
+        description="Finding out what matters when a frozen image transformer is adapted to video.",
+        epilog="exit codes: 0 done; 1 the training failed; 2 the input cannot work",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train and test one recipe",
+        description="Train and test one recipe, in this process, or in several under torchrun:\n\n"
+        "  torchrun --nproc-per-node 8 -m stadapter train --recipe ssv2_clip_b16 \\\n"
+        "      --data-root /data/ssv2 --output runs/ssv2",
+        epilog="recipes: " + ", ".join(recipes.names()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("--recipe", default="embedded", metavar="NAME", help="which training (default: %(default)s)")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="overrides",
+        help="change a field of the recipe, such as optim.epochs=1; repeatable",
+    )
+    train.add_argument(
+        "--seed", type=int, default=0, help="of data order, augmentation and initialisation (default: 0)"
+    )
+    train.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="the run folder; an unfinished run in it goes on"
+    )
+    train.add_argument(
+        "--data-root", type=Path, metavar="FOLDER", help="where the data set lies; the embedded one needs none"
+    )
+    train.add_argument(
+        "--weights", type=Path, metavar="FILE", help="backbone weights from this file instead of the hub"
+    )
+    train.add_argument(
+        "--num-workers", type=int, default=0, metavar="N", help="loader processes per training process (default: 0)"
+    )
+    train.add_argument(
+        "--clips-per-pass", type=int, metavar="N", help="clips in one pass of a process; more are accumulated"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        fields = dict(config.parse_override(text) for text in options.overrides)
+        recipe = config.replace(recipes.get(options.recipe), **{"seed": options.seed, **fields})
+        return _train(recipes.with_weights(recipe, options.weights), options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(recipe: Recipe, options: argparse.Namespace) -> int:
+    import torch.distributed as dist
+
+    from stadapter.train import Operation, TrainingError, join_world, train
+
+    world = join_world()
+    operation = Operation(options.data_root, options.weights, options.num_workers, options.clips_per_pass)
+    live = sys.stderr.isatty()
+
+    def on_step(at: dict[str, Any]) -> None:
+        if live:
+            print("\r\033[K" + progress_line(recipe, at), end="", file=sys.stderr, flush=True)
+
+    def on_epoch(metrics: dict[str, Any]) -> None:
+        if world.rank == 0:
+            if live:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+            measured = "  ".join(f"{name} {metrics[name]:.2f}" for name in ("train_loss", "val_top1", "clips_per_s"))
+            print(f"epoch {metrics['epoch']}/{recipe.optim.epochs}  {measured}", flush=True)
+
+    try:
+        result = train(recipe, options.output, operation, world, on_epoch, on_step)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
+    if world.rank == 0:
+        print("  ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items()) + f"  -> {options.output}")
+    return 0
+
+
+def progress_line(recipe: Recipe, at: dict[str, Any]) -> str:
+    left = time.strftime("%H:%M:%S", time.gmtime(at["left_s"]))
+    return (
+        f"epoch {at['epoch']}/{recipe.optim.epochs}  loss {at['loss']:.3f}  "
+        f"{at['clips_per_s']:.1f} clips/s  training left {left}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What a reader needs to know about the machine, the code and its libraries to judge or repeat a number."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "ray",
+    "mlflow",
+    "decord",
+    "av",
+    "numpy",
+    "scikit-learn",
+)
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Library versions, code version and machine: what a reader needs to judge or repeat a number."""
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            versions[library] = "not installed"
+    commit, dirty = _git()
+    return {"versions": versions, "git_commit": commit, "git_dirty": dirty, "host": platform.node()}
+
+
+def _git() -> tuple[str, bool]:
+    """Commit of the source tree this package runs from, and whether it has changes; ("unknown", False) outside one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # A package installed into another project's tree is not described by that project's commit.
+        if not git("ls-files", Path(__file__).name):
+            return "unknown", False
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", False
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's model name, as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: the standard library's answer is the best there is
+    return platform.processor() or platform.machine()
+
+
+def set_fast_float32(device: torch.device) -> None:
+    """On a CPU, take oneDNN's matrix products where they are as exact as the default ones.
+
+    MKL takes a slow path on AMD processors. The setting that avoids it allows oneDNN to compute in bfloat16, which it
+    does on some processors: a probe against float64 decides, and the default stays where precision would be lost.
+    """
+    if device.type != "cpu":
+        return
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
+    torch.set_float32_matmul_precision("medium")
+    error = (a.float() @ b.float() - a @ b).norm() / (a @ b).norm()
+    if error > 1e-6:
+        torch.set_float32_matmul_precision("highest")
+
+
+def device_name(device: torch.device) -> str:
+    """The model name of the GPU or the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring anew: what `peak_memory_mib` then gives belongs to this training alone."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        # Linux: forget the peak, so that a process that is used again reports its own training.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory since the training began: allocated on the GPU, resident on the CPU; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1024

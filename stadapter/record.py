@@ -1,0 +1,73 @@
+"""The record of one training: the folder it lives in, and what it says about where its numbers came from.
+
+A run folder is the truth; MLflow and every table are made from it. It holds
+
+    config.json          every field of the recipe, by dotted path
+    metrics.jsonl        one line per epoch, appended
+    checkpoint.pt        the last epoch's trainable tensors, optimiser and step
+    trained.safetensors  what was trained: adapters, head, and the final norm if it was
+    result.json          the record, written last and atomically: it exists if and only if the training finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from stadapter.config import ConfigError, Recipe, flatten
+
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
+TRAINED, RESULT = "trained.safetensors", "result.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the file and rename, so that a reader sees the old content or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def prepare_folder(folder: Path, recipe: Recipe) -> None:
+    """Create a run folder and write its config.json. ConfigError where it cannot be written or holds another recipe."""
+    fields = flatten(recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / CONFIG
+        if config.exists():
+            found = json.loads(config.read_text())
+            for path, value in fields.items():
+                if path != "name" and found.get(path) != value:
+                    raise ConfigError(
+                        f"{folder}: holds another training ({path} = {found.get(path)}, not {value}); "
+                        "choose another --output"
+                    )
+        else:
+            write_json(config, fields)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written ({error.strerror}); choose another folder with --output"
+        ) from None
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished training, or None where it has not finished."""
+    path = folder / RESULT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The epochs recorded so far; a last line cut short by a crash is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

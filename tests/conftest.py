@@ -1,0 +1,65 @@
+"""What several test modules share: a small data set of real video files, and a recipe that trains on it in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from stadapter import config, recipes
+from stadapter.config import Recipe
+from stadapter.data.embedded import MOTION_CLASSES, render_clip, write_mp4
+
+CLASSES, TRAIN_CLIPS, TEST_CLIPS = 2, 16, 7  # 7: no number of processes but 1 and 7 divides the test clips
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-per-folder tree of mp4 files: two opposite motions."""
+    root = tmp_path_factory.mktemp("clips")
+    for split, count in (("train", TRAIN_CLIPS), ("val", TEST_CLIPS)):
+        for number in range(count):
+            motion = number % CLASSES
+            folder = root / split / MOTION_CLASSES[motion]
+            folder.mkdir(parents=True, exist_ok=True)
+            index = motion + len(MOTION_CLASSES) * (number // CLASSES)
+            write_mp4(folder / f"{number}.mp4", render_clip("train" if split == "train" else "val", index))
+    return root
+
+
+TINY = {
+    "data.dataset": "folder",
+    "data.num_classes": CLASSES,
+    "data.num_frames": 4,
+    "backbone.weights": "seed:0",
+    "adapter.bottleneck_width": 8,
+    "adapter.blocks": (4, 5),
+    "optim.epochs": 2,
+    "optim.warmup_epochs": 0.5,
+    "optim.global_batch": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Recipe:
+    """The embedded recipe, cut down: 8 steps on 16 clips."""
+    return config.replace(recipes.embedded, **TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(clip_folder: Path) -> list[str]:
+    """The same as command line flags."""
+    values = {path: ",".join(map(str, v)) if isinstance(v, tuple) else v for path, v in TINY.items()}
+    flags = [word for path, value in values.items() for word in ("--set", f"{path}={value}")]
+    return [*flags, "--data-root", str(clip_folder)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two cores serve the whole suite; a test that changes the number of threads does not reach the next one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,86 @@
+"""Recipes: what they refuse, how they are addressed, and what makes two of them the same training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stadapter import config, recipes
+from stadapter.config import ConfigError, Recipe
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_survives_the_way_through_json(name: str) -> None:
+    recipe = recipes.get(name)
+    assert config.unflatten(json.loads(json.dumps(config.flatten(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.kernel_size=2,3,3", "odd"),
+        ("adapter.kernel_size=3,3", "needs 3 values"),
+        ("adapter.bottleneck_width=0", "at least 1"),
+        ("adapter.bottleneck_width=wide", "cannot be read as int"),
+        ("adapter.placement=within", "must be one of before_mhsa, after_mhsa, both"),
+        ("adapter.blocks=1,1", "twice"),
+        ("optim.epochs=0", "above 0"),
+        ("optim.warmup_epochs=4", "below optim.epochs"),
+        ("optim.head_dropout=1", "in [0, 1)"),
+        ("adapter.kernel=3", "no field"),
+        ("adapter=3", "group of fields"),
+        ("adapter.kernel_size", "FIELD=VALUE"),
+    ],
+)
+def test_a_value_that_cannot_work_is_answered_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.replace(recipes.embedded, **dict([config.parse_override(override)]))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("adapter.kernel_size=3,1,1", (3, 1, 1)),
+        ("adapter.blocks=none", None),
+        ("adapter.blocks=0,5", (0, 5)),
+        ("optim.clip_norm=none", None),
+        ("optim.base_lr=1e-3", 1e-3),
+        ("data.horizontal_flip=true", True),
+        ("data.rand_augment=rand-m7-n4-mstd0.5-inc1", "rand-m7-n4-mstd0.5-inc1"),
+    ],
+)
+def test_an_override_has_the_type_of_its_field(override: str, value: object) -> None:
+    assert config.parse_override(override) == (override.partition("=")[0], value)
+
+
+def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> None:
+    changed = {
+        "data.dataset": "ssv2", "data.num_classes": 3, "data.num_frames": 2, "data.frame_size": 48,
+        "data.sampling": "dense", "data.frame_stride": 2, "data.short_side_jitter": (1.0, 1.1),
+        "data.random_resized_crop": (0.5, 1.0), "data.horizontal_flip": True, "data.rand_augment": "rand-m7-n4",
+        "data.test_temporal_views": 2, "data.test_spatial_views": 3, "backbone.name": "timm/vit_tiny_patch16_224",
+        "backbone.weights": "seed:1", "optim.epochs": 3, "optim.global_batch": 2, "optim.base_lr": 0.1,
+        "optim.warmup_epochs": 0.25, "optim.weight_decay": 0.0, "optim.betas": (0.9, 0.99), "optim.clip_norm": None,
+        "optim.label_smoothing": 0.1, "optim.head_dropout": 0.1, "optim.precision": "bfloat16",
+        "adapter.bottleneck_width": 4, "adapter.kernel_size": (1, 3, 3), "adapter.activation": "gelu",
+        "adapter.placement": "both", "adapter.blocks": None, "strategy": "linear_probe", "train_final_norm": False,
+        "seed": 1,
+    }  # fmt: skip
+    assert set(changed) == set(config.flatten(tiny_recipe)) - {"name"}
+    identities = {config.identity(config.replace(tiny_recipe, **{path: value})) for path, value in changed.items()}
+    assert len(identities | {config.identity(tiny_recipe)}) == len(changed) + 1
+    assert config.identity(config.replace(tiny_recipe, name="another")) == config.identity(tiny_recipe)
+
+
+def test_identity_does_not_drift() -> None:
+    # Finished trials are found again by it: a change here makes every recorded trial run anew.
+    # Raise RESULTS_VERSION for that, on purpose, where numbers change.
+    assert config.identity(recipes.embedded) == "e88de9c6410f"
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean ssv2_clip_b16"):
+        recipes.get("ssv2_clip_b61")

@@ -1,0 +1,64 @@
+"""Accuracy is exact: against counts by hand, with views, with clips that could not be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stadapter.evaluate import evaluate
+
+
+class Scripted(nn.Module):
+    """A "model" whose logits are the first pixels of its input, so that a test can write them down."""
+
+    def forward(self, pixels_BTCHW: Tensor) -> Tensor:
+        return pixels_BTCHW.flatten(1)[:, :6].float()
+
+
+def batch(logits_BVK: list[list[list[float]]], labels: list[int], bad: list[bool] | None = None) -> dict[str, Tensor]:
+    pixels = torch.zeros(len(labels), len(logits_BVK[0]), 1, 3, 2, 2)
+    pixels.flatten(2)[:, :, :6] = torch.tensor(logits_BVK)
+    return {"pixels": pixels, "label": torch.tensor(labels), "bad": torch.tensor(bad or [False] * len(labels))}
+
+
+def run(*batches: dict[str, Tensor], **options: bool) -> dict[str, float]:
+    return evaluate(Scripted(), batches, torch.device("cpu"), torch.float32, **options)  # type: ignore[arg-type]
+
+
+def test_top1_and_top5_count_clips_across_batches_of_any_size() -> None:
+    first = batch([[[9, 1, 2, 3, 4, 5]], [[9, 8, 7, 6, 5, 4]]], [0, 5])
+    second = batch([[[9, 8, 7, 6, 5, 4]]], [4])
+    result = run(first, second)
+    assert result["top1"] == pytest.approx(100 / 3)
+    assert result["top5"] == pytest.approx(200 / 3)
+
+
+def test_views_are_averaged_after_softmax() -> None:
+    # Summed logits would choose class 1 (10 against 9); averaged probabilities choose class 0.
+    views = [[3.0, 0, 0, 0, 0, 0], [3.0, 0, 0, 0, 0, 0], [3.0, 10.0, 0, 0, 0, 0]]
+    assert run(batch([views], [0]))["top1"] == 100
+    probability = torch.tensor(views).softmax(1).mean(0)[0]
+    assert run(batch([views], [0]))["loss"] == pytest.approx(-probability.log().item(), rel=1e-6)
+
+
+def test_a_clip_that_could_not_be_read_is_wrong_and_reported() -> None:
+    result = run(batch([[[9, 0, 0, 0, 0, 0]], [[9, 0, 0, 0, 0, 0]]], [0, 0], bad=[False, True]))
+    assert (result["top1"], result["top5"], result["bad_clips"]) == (50, 50, 1)
+
+
+def test_a_constant_output_earns_nothing() -> None:
+    result = run(batch([[[1, 1, 1, 1, 1, 1]]], [0]), opposite_pairs=True)
+    assert (result["top1"], result["top5"], result["direction_top1"]) == (0, 0, 0)
+
+
+def test_direction_compares_a_class_with_its_reversal_only() -> None:
+    right_pair_wrong_class = batch([[[5, 4, 9, 0, 0, 0]], [[4, 5, 9, 0, 0, 0]]], [0, 0])
+    result = run(right_pair_wrong_class, opposite_pairs=True)
+    assert (result["top1"], result["direction_top1"]) == (0, 50)
+
+
+def test_a_model_in_training_goes_on_in_training() -> None:
+    model = Scripted().train()
+    evaluate(model, [batch([[[1, 0, 0, 0, 0, 0]]], [0])], torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    assert model.training

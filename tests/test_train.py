@@ -1,0 +1,202 @@
+"""The training loop: its numbers follow from the recipe, whatever the processes, passes, workers and interruptions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stadapter import config, record
+from stadapter.config import ConfigError, Recipe
+from stadapter.model import build_model, trainable_parameters
+from stadapter.train import Operation, TrainingError, dropout_mask, learning_rate, make_optimizer, train
+
+
+@pytest.fixture(scope="module")
+def operation(clip_folder: Path) -> Operation:
+    return Operation(data_root=clip_folder)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_recipe: Recipe, operation: Operation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one undisturbed training in one process."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reference")
+    train(tiny_recipe, folder, operation)
+    return folder
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """What must not differ between two runs of one recipe: metrics by epoch, and those of the test."""
+    clock = ("seconds", "time", "clips_per_s")
+    epochs = [{k: v for k, v in line.items() if k not in clock} for line in record.read_metrics(folder)]
+    result = record.read_result(folder)
+    assert result is not None
+    return [*epochs, result["metrics"]]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["train_loss"] for line in record.read_metrics(folder)]
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
+    rates = [learning_rate(step, 10, 4, 2.0) for step in range(10)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0
+    assert rates[7] == pytest.approx(1.0)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
+    assert learning_rate(10, 10, 4, 2.0) == pytest.approx(0.0)
+
+
+def test_the_optimizer_holds_what_is_trained_and_decays_no_bias(tiny_recipe: Recipe) -> None:
+    model = build_model(tiny_recipe)
+    decayed, kept = make_optimizer(model, tiny_recipe.optim).param_groups
+    names = {id(p): name for name, p in trainable_parameters(model).items()}
+    assert {names[id(p)] for p in [*decayed["params"], *kept["params"]]} == set(names.values())
+    assert kept["weight_decay"] == 0
+    assert decayed["weight_decay"] == tiny_recipe.optim.weight_decay
+    assert all(name.endswith("weight") for name in (names[id(p)] for p in decayed["params"]))
+    assert {n for n in names.values() if n.endswith("bias")} <= {names[id(p)] for p in kept["params"]}
+
+
+def test_the_peak_rate_is_linear_in_the_global_batch(tiny_recipe: Recipe) -> None:
+    assert tiny_recipe.optim.peak_lr == pytest.approx(tiny_recipe.optim.base_lr * 4 / 256)
+
+
+def test_dropout_keeps_the_mean_and_repeats_by_seed_and_step() -> None:
+    mask = dropout_mask(0, 3, 64, 512, 0.5)
+    assert set(mask.unique().tolist()) == {0.0, 2.0}
+    assert mask.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(mask, dropout_mask(0, 3, 64, 512, 0.5))
+    assert not torch.equal(mask, dropout_mask(0, 4, 64, 512, 0.5))
+    assert not torch.equal(mask, dropout_mask(1, 3, 64, 512, 0.5))
+
+
+def test_a_run_folder_says_everything(reference: Path, tiny_recipe: Recipe) -> None:
+    result = record.read_result(reference)
+    assert result is not None
+    assert result["recipe"] == json.loads((reference / record.CONFIG).read_text()) == config.flatten(tiny_recipe)
+    assert result["trial_id"] == config.identity(tiny_recipe)
+    assert 0 <= result["metrics"]["top1"] <= 100
+    assert result["data"]["test"]["clips"] == 7
+    assert result["trainable_params"] < result["total_params"]
+    assert result["peak_memory_mib"] > 50
+    assert set(load_file(reference / record.TRAINED)) == set(trainable_parameters(build_model(tiny_recipe)))
+    assert [line["epoch"] for line in record.read_metrics(reference)] == [1, 2]
+    assert [line["step"] for line in record.read_metrics(reference)] == [4, 8]
+
+
+def test_the_loss_goes_down(reference: Path) -> None:
+    first, last = losses(reference)
+    assert last < first
+
+
+def test_the_same_recipe_gives_bitwise_the_same_numbers_and_weights(
+    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+) -> None:
+    train(tiny_recipe, tmp_path, operation)
+    assert numbers(tmp_path) == numbers(reference)
+    ours, theirs = load_file(tmp_path / record.TRAINED), load_file(reference / record.TRAINED)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_another_seed_gives_other_numbers(
+    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+) -> None:
+    train(config.replace(tiny_recipe, seed=1), tmp_path, operation)
+    assert losses(tmp_path) != losses(reference)
+
+
+def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
+    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(metrics: dict[str, Any]) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        train(tiny_recipe, tmp_path, operation, on_epoch=stop)
+    assert record.read_result(tmp_path) is None
+    epochs: list[int] = []
+    train(tiny_recipe, tmp_path, operation, on_epoch=lambda metrics: epochs.append(metrics["epoch"]))
+    assert epochs == [2]
+    assert numbers(tmp_path) == numbers(reference)
+
+
+def test_a_finished_folder_is_not_trained_again(reference: Path, tiny_recipe: Recipe, operation: Operation) -> None:
+    def fail(metrics: dict[str, Any]) -> None:
+        raise AssertionError("trained again")
+
+    assert train(tiny_recipe, reference, operation, on_epoch=fail) == record.read_result(reference)
+
+
+def test_accumulating_small_passes_changes_only_rounding(
+    reference: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+) -> None:
+    train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, clips_per_pass=3))
+    assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-5)
+
+
+def test_loader_processes_change_no_number(
+    reference: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+) -> None:
+    train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, num_workers=2))
+    assert numbers(tmp_path) == numbers(reference)
+
+
+def test_two_processes_under_torchrun_give_the_numbers_of_one(
+    reference: Path, tiny_flags: list[str], tmp_path: Path
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "stadapter", "train", "--output", str(tmp_path / "run"), *tiny_flags]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=1e-5)
+    one, two = numbers(reference)[-1], numbers(tmp_path / "run")[-1]
+    assert two["top1"] == one["top1"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_close_to_float32(
+    precision: str, reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+) -> None:
+    train(config.replace(tiny_recipe, **{"optim.precision": precision}), tmp_path, operation)
+    assert losses(tmp_path) == pytest.approx(losses(reference), rel=0.05)
+    assert losses(tmp_path) != losses(reference)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(
+    tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match=r"nan|inf") as caught:
+        train(config.replace(tiny_recipe, **{"optim.base_lr": 1e30, "optim.clip_norm": None}), tmp_path, operation)
+    assert "optim.base_lr" in str(caught.value)
+    assert record.read_result(tmp_path) is None
+
+
+def test_label_smoothing_and_dropout_reach_the_loss(
+    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+) -> None:
+    for field in ("optim.label_smoothing", "optim.head_dropout"):
+        train(config.replace(tiny_recipe, **{field: 0.4}), tmp_path / field, operation)
+        assert losses(tmp_path / field) != losses(reference)
+        assert all(map(math.isfinite, losses(tmp_path / field)))
+
+
+def test_a_folder_that_holds_another_training_is_refused(
+    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+) -> None:
+    record.prepare_folder(tmp_path, tiny_recipe)
+    with pytest.raises(ConfigError, match="holds another training"):
+        train(config.replace(tiny_recipe, seed=5), tmp_path, operation)
