@@ -1,0 +1,109 @@
+"""`python -m stadapter.ablation`: look at sweeps that have run."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from stadapter.ablation import table
+from stadapter.ablation.cli import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
+from stadapter.ablation.trial import SWEEP, load_sweep, records
+from stadapter.config import ConfigError
+
+DEFAULT_UI_PORT = 5000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m stadapter.ablation",
+        description="Look at sweeps that have run.",
+        epilog="exit codes: 0 done; 2 the input cannot work",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    ui = commands.add_parser("ui", help="serve MLflow's UI", description="Serve MLflow's UI on 127.0.0.1.")
+    ui.add_argument("--port", type=int, default=DEFAULT_UI_PORT, help="(default: %(default)s)")
+    shown = commands.add_parser(
+        "table", help="print the tables of finished sweeps", description="Print tables again, from the records."
+    )
+    sync = commands.add_parser(
+        "sync",
+        help="bring an MLflow store up to date",
+        description="Replay the records of every sweep into an MLflow store; nothing is written twice.",
+    )
+    for command in (ui, sync):
+        command.add_argument(
+            "--tracking-uri", default=DEFAULT_STORE, metavar="URI", help="the MLflow store (default: %(default)s)"
+        )
+    for command in (shown, sync):
+        command.add_argument(
+            "--output",
+            type=Path,
+            default=DEFAULT_OUTPUT,
+            metavar="FOLDER",
+            help="the sweeps' --output (default: %(default)s)",
+        )
+    options = parser.parse_args(arguments)
+    try:
+        return {"ui": _ui, "table": _table, "sync": _sync}[options.command](options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _sweep_folders(output: Path) -> list[Path]:
+    folders = sorted(path.parent for path in output.glob(f"sweeps/*/{SWEEP}"))
+    if not folders:
+        raise ConfigError(f"--output {output}: there is no sweep in this folder")
+    return folders
+
+
+def _ui(options: argparse.Namespace) -> int:
+    store = options.tracking_uri
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
+        raise ConfigError(f"--tracking-uri {store}: there is no such file; run an ablation first, or name its store")
+    check_port("--port", options.port)
+    from stadapter.ablation.mlflow_store import pages
+
+    print(f"MLflow on http://127.0.0.1:{options.port}; Ctrl-C ends it. The arms of each sweep, side by side:")
+    for name, address in pages(store):
+        print(f"  {name}: http://127.0.0.1:{options.port}{address}", flush=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        store,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(options.port),
+    ]
+    try:
+        return subprocess.run([*command, "--workers", "1"]).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    for folder in _sweep_folders(options.output):
+        sweep = load_sweep(folder)
+        print(f"{sweep.question}\n\n{table.to_text(sweep, records(sweep, options.output))}")
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from stadapter.ablation.tracking import sync
+
+    for folder in _sweep_folders(options.output):
+        sweep = load_sweep(folder)
+        finished, begun = sync(sweep, options.output.resolve(), options.tracking_uri)
+        print(f"{folder.name}: {finished} finished trials and {begun} begun ones are in {options.tracking_uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

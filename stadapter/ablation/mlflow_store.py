@@ -1,0 +1,274 @@
+"""What a sweep looks like in MLflow. The one module that imports it.
+
+parent run   one per sweep: the question and, at the end, its tables
+child runs   one per trial: parameters, metrics, tags, and the files of the run folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Read by MLflow when it is imported. Its own defaults wait four minutes for a dead server, print the steps of
+# creating a database, and report usage over the network.
+for _name, _value in {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import sqlalchemy  # noqa: E402
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.db.db_types import DATABASE_ENGINES  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
+
+from stadapter import config, machine, record  # noqa: E402
+from stadapter.ablation import mlflow_view  # noqa: E402
+from stadapter.ablation.trial import Sweep, Trial, records  # noqa: E402
+
+# What a store that is away, full, locked or read-only raises (`requests` raises OSErrors). Anything else is a bug.
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+_COSTS = ("trainable_params", "macs_per_view", "seconds", "cpu_seconds", "peak_memory_mib")
+_ARTIFACTS = (record.CONFIG, record.METRICS, record.TRAINED, record.RESULT)
+_PARENT, _NOTE = "mlflow.parentRunId", "mlflow.note.content"
+
+
+class Store:
+    """Writes the run folders of one sweep. Errors are raised; every write can be repeated and then changes nothing."""
+
+    def __init__(self, sweep: Sweep, output: Path, tracking_uri: str, experiment: str) -> None:
+        self.sweep, self.output, self.uri, self.experiment = sweep, output, tracking_uri, experiment
+        self.client: MlflowClient
+        self.parent: Run
+        self.address = ""
+        self.known: dict[str, Run] = {}  # runs that the parent had when it was opened, by trial id
+        self.runs: dict[str, str] = {}  # run ids by trial id, of the trials touched since
+        self.logged: dict[str, set[int]] = {}  # epochs that the store has, by trial id
+        self.failed: set[str] = set()  # trial ids whose runs bear an error
+        arms = [arm.label for arm in sweep.arms]
+        self.order = {trial.id: f"{arms.index(trial.arm):03d}-{trial.seed:03d}" for trial in sweep.trials}
+
+    def open(self) -> None:
+        artifacts = _reach_database(self.uri)
+        self.client = MlflowClient(self.uri)
+        found = self.client.get_experiment_by_name(self.experiment)
+        # The tag answers MLflow's question whether this is about language models.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        self.experiment_id = (
+            found.experiment_id if found else self.client.create_experiment(self.experiment, artifacts, kind)
+        )
+        key = _sweep_id(self.sweep, self.output)
+        parents = self.client.search_runs([self.experiment_id], f"tags.sweep_id = '{key}'", max_results=1)
+        if parents:
+            self.parent = parents[0]
+            self.client.update_run(self.parent.info.run_id, status="RUNNING")
+            for run in self._children():
+                tags = run.data.tags
+                self.known[tags["trial_id"]] = run
+                if "error" in tags:
+                    self.failed.add(tags["trial_id"])
+                order = self.order.get(tags["trial_id"], tags["order"])
+                if order != tags["order"]:  # an arm was put between since
+                    self.client.set_tag(run.info.run_id, "order", order)
+        else:
+            name = f"{self.sweep.name} · {self.sweep.recipe.name}"
+            tags = {"sweep_id": key, _NOTE: self.sweep.question} | self._tags()
+            self.parent = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        self._save_view(key)
+        self.address = mlflow_view.address(self.experiment_id, key)
+
+    def _children(self, condition: str = "") -> Iterator[Run]:
+        condition, token = f"tags.`{_PARENT}` = '{self.parent.info.run_id}'{condition}", None
+        while token != "":
+            page = self.client.search_runs([self.experiment_id], condition, max_results=1000, page_token=token)
+            yield from page
+            token = page.token or ""
+
+    def _save_view(self, key: str) -> None:
+        done = next((result for result in records(self.sweep, self.output) if result), {"metrics": {"top1": 0}})
+        names = [_test(name) for name in done["metrics"] if not name.endswith("loss")]
+        names.sort(key="test/top1".__ne__)
+        view = mlflow_view.saved_view(self.sweep, self.parent.info.run_id, self.parent.info.start_time, names)
+        self.client.set_experiment_tag(self.experiment_id, mlflow_view.TAG + key, view)
+
+    def open_trial(self, trial: Trial) -> str:
+        """The id of the trial's run: found, or created as running."""
+        if trial.id in self.runs:
+            return self.runs[trial.id]
+        epochs = record.read_metrics(trial.folder(self.output))
+        run, self.logged[trial.id] = self.known.get(trial.id), set()
+        if run:
+            history = self.client.get_metric_history(run.info.run_id, "train_loss")
+            self.logged[trial.id] = {metric.step for metric in history}
+            first = min(history, key=lambda metric: metric.step, default=None)
+            if first and (first.step, first.timestamp) not in {(e["epoch"], _ms(e["time"])) for e in epochs}:
+                # Begun anew, by --force or after the folder was deleted. Two trainings in one run would be no curve;
+                # the old one goes to MLflow's bin, from where it can be restored.
+                self.client.delete_run(run.info.run_id)
+                self.failed.discard(trial.id)
+                run, self.logged[trial.id] = None, set()
+        if run is None:
+            result = record.read_result(trial.folder(self.output))
+            began = result["started"] if result else epochs[0]["time"] if epochs else time.time()
+            tags = {_PARENT: self.parent.info.run_id, "trial_id": trial.id, "arm": trial.arm, "seed": str(trial.seed)}
+            tags |= self._tags() | {"order": self.order[trial.id]}
+            name = f"{trial.arm} · seed {trial.seed}"
+            run = self.client.create_run(self.experiment_id, _ms(began), tags, name)
+        if not run.data.params:
+            params = [Param(path, value) for path, value in _params(trial.recipe).items()]
+            self.client.log_batch(run.info.run_id, params=params)
+        self.runs[trial.id] = run.info.run_id
+        return self.runs[trial.id]
+
+    def start_trial(self, trial: Trial) -> None:
+        run_id = self.open_trial(trial)
+        if trial.id in self.known or trial.id in self.failed:
+            self.client.update_run(run_id, status="RUNNING")
+
+    def log_epochs(self, trial: Trial) -> None:
+        run_id = self.open_trial(trial)
+        for epoch in record.read_metrics(trial.folder(self.output)):
+            if epoch["epoch"] not in self.logged[trial.id]:
+                values = {name: value for name, value in epoch.items() if name not in {"epoch", "step", "time"}}
+                if "seconds" in values:  # a trial has its own
+                    values["epoch_seconds"] = values.pop("seconds")
+                self.client.log_batch(run_id, _metrics(values, _ms(epoch["time"]), epoch["epoch"]))
+                self.logged[trial.id].add(epoch["epoch"])
+
+    def finish_trial(self, trial: Trial) -> None:
+        folder = trial.folder(self.output)
+        result = record.read_result(folder)
+        assert result is not None, f"{folder} has no {record.RESULT}"
+        finished = _ms(result["finished"])
+        known = self.known.get(trial.id)
+        if known and known.info.status == "FINISHED" and known.data.tags.get("finished") == str(finished):
+            return
+        self.log_epochs(trial)
+        run_id = self.runs[trial.id]
+        for name in _ARTIFACTS:
+            if (folder / name).exists():
+                self.client.log_artifact(run_id, str(folder / name))
+        values = {_test(name): value for name, value in result["metrics"].items()}
+        values |= {name: result[name] for name in _COSTS if name in result}
+        tags = [RunTag(name, str(result[name])) for name in ("git_commit", "device", "precision") if name in result]
+        tags.append(RunTag("finished", str(finished)))  # after the files, with the numbers: what has it is complete
+        self.client.log_batch(run_id, _metrics(values, finished, 0), tags=tags)
+        if trial.id in self.failed:
+            self.client.delete_tag(run_id, "error")
+            self.failed.discard(trial.id)
+        self.client.set_terminated(run_id, "FINISHED", finished)
+
+    def fail_trial(self, trial: Trial, message: str) -> None:
+        self.log_epochs(trial)
+        self.client.set_tag(self.runs[trial.id], "error", message[:4000])
+        self.failed.add(trial.id)
+        self.client.set_terminated(self.runs[trial.id], "FAILED")
+
+    def close(self, table_files: list[Path], status: str) -> None:
+        for run in list(self._children(" AND attributes.status = 'RUNNING'")):
+            self.client.set_terminated(run.info.run_id, "KILLED")
+        parent_id = self.parent.info.run_id
+        for path in table_files:
+            self.client.log_artifact(parent_id, str(path))
+        # The description is a part of the parent's first page.
+        texts = [self.sweep.question, *(path.read_text() for path in table_files if path.suffix == ".md")]
+        self.client.set_tag(parent_id, _NOTE, "\n\n".join(texts)[:5000])
+        self._save_view(self.parent.data.tags["sweep_id"])
+        self.client.set_terminated(parent_id, status)
+
+    def _tags(self) -> dict[str, str]:
+        commit = machine.provenance()["git_commit"]
+        return {"sweep": self.sweep.name, "recipe": self.sweep.recipe.name, "git_commit": commit}
+
+
+def pages(tracking_uri: str, experiment: str = "stadapter", most: int = 5) -> list[tuple[str, str]]:
+    """The sweeps in a store, newest first: their names, and their pages below the address of an MLflow server."""
+    client = MlflowClient(tracking_uri)
+    found = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([found.experiment_id], "tags.sweep_id LIKE '%'", max_results=most) if found else []
+    return [
+        (str(run.info.run_name), mlflow_view.address(run.info.experiment_id, run.data.tags["sweep_id"])) for run in runs
+    ]
+
+
+def _reach_database(uri: str) -> str | None:
+    """Make one attempt to reach a database: MLflow itself makes ten, which take 100 s.
+
+    Returns where artifacts belong: `mlruns` beside a SQLite file, wherever a server is started; None with a server.
+    """
+    if uri.partition("://")[0].partition("+")[0] not in DATABASE_ENGINES:
+        return None
+    url = sqlalchemy.make_url(uri)
+    file = Path(url.database).resolve() if url.get_backend_name() == "sqlite" and url.database else None
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        engine = sqlalchemy.create_engine(url)
+    except ModuleNotFoundError as error:
+        raise OSError(f"{url.drivername} needs the Python package {error.name}") from None
+    try:
+        with engine.connect() as connection:
+            if file:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")  # fails on what is no database, or cannot be written
+    finally:
+        engine.dispose()
+    return (file.parent / "mlruns").as_uri() if file else None
+
+
+def _sweep_id(sweep: Sweep, output: Path) -> str:
+    """Names the parent run: the question, the recipe that its arms change, and this output folder, wherever it moves.
+
+    More seeds or arms belong to the same parent; the same question in another --output, or with --set, does not.
+    """
+    path = output / "ledger_id"
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        record.write_atomically(path, uuid.uuid4().hex.encode())
+    recipe = config.identity(config.replace(sweep.recipe, seed=0))
+    return hashlib.sha256(f"{sweep.name} {recipe} {path.read_text()}".encode()).hexdigest()[:12]
+
+
+def _params(recipe: config.Recipe) -> dict[str, str]:
+    """The recipe as text. A kernel's extents stand alone too: as numbers they can be the axis of a chart."""
+    params: dict[str, str] = {}
+    for path, value in config.flatten(recipe).items():
+        if path == "adapter.kernel_size":
+            params[path] = "x".join(map(str, value))
+            params |= {f"{path}.{axis}": str(extent) for axis, extent in zip("thw", value, strict=True)}
+        elif isinstance(value, list):
+            params[path] = ",".join(map(str, value))
+        elif value is None or isinstance(value, bool):
+            params[path] = str(value).lower()
+        else:
+            params[path] = str(value) or "default"
+    return params
+
+
+def _test(name: str) -> str:
+    """A prefix gives the results a section of their own above the curves; step 0 draws them as bars."""
+    return "test/" + name.removeprefix("test_")
+
+
+def _metrics(values: dict[str, Any], timestamp: int, step: int) -> list[Metric]:
+    """Numbers only, and no infinity: a store would show 1.8e308."""
+    return [
+        Metric(name, float(value), timestamp, step)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ]
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)

@@ -1,0 +1,227 @@
+"""Trials on Ray: the only module that imports it.
+
+A trial that fits one process runs inside a Tune function whose process the next trial uses again. A trial that needs
+several processes is a Tune function that starts Ray Train inside and holds no CPU itself, or two CPUs would wait for
+each other for ever. Either way the work is `stadapter.train.train`, and what it writes into the trial's folder is the
+only result: Tune's own results are not read, so a driver that dies loses nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before Ray is imported: no banners, no usage reports, no result files that nobody reads, no 2 s wait per report.
+os.environ.update(
+    RAY_AIR_NEW_OUTPUT="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
+)
+
+import ray
+import torch
+from ray import tune
+
+import stadapter
+from stadapter import record
+from stadapter.ablation.trial import Trial
+from stadapter.config import ConfigError, Recipe
+from stadapter.train import Operation, World, train
+
+ERROR = "error.txt"  # in a trial's folder: why it failed last
+Event = Callable[[str, Trial, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the sweep may use."""
+
+    num_gpus: int = 0
+    processes_per_trial: int = 1  # data parallel; with GPUs, each process has one
+    cpus_per_process: int = 1
+    address: str | None = None  # of a running cluster; None: start Ray on this machine
+    dashboard_port: int | None = None
+
+
+def join_cluster(address: str) -> int:
+    """Join the running Ray cluster at `address`; returns how many GPUs it has."""
+    if not ray.is_initialized():
+        _init(address, address=address, runtime_env={"py_modules": [stadapter]})
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _init(where: str, **options: Any) -> None:
+    try:
+        ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(f"{where}: Ray cannot be started or reached ({str(error).splitlines()[0]})") from None
+    for name in ("ray", "ray.tune", "ray.train"):  # after ray.init, which sets levels of its own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+class Cluster:
+    """A context in which Ray is up: started here and stopped at the end, or one that was joined before."""
+
+    def __init__(self, resources: Resources) -> None:
+        self.resources = resources
+
+    def __enter__(self) -> Cluster:
+        wanted = self.resources
+        if not ray.is_initialized():
+            _init(
+                "this machine",
+                num_cpus=os.cpu_count(),
+                num_gpus=wanted.num_gpus,
+                # Ray Train clears up after itself through the dashboard's State API.
+                include_dashboard=wanted.dashboard_port is not None or wanted.processes_per_trial > 1,
+                dashboard_host="127.0.0.1",
+                dashboard_port=wanted.dashboard_port,
+            )
+        try:
+            self._check_capacity()
+        except ConfigError:
+            ray.shutdown()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.shutdown()
+
+    def _check_capacity(self) -> None:
+        there = ray.cluster_resources()
+        wanted = self.resources
+        needed = wanted.processes_per_trial * wanted.cpus_per_process
+        if needed > there.get("CPU", 0):
+            raise ConfigError(
+                f"a trial of {wanted.processes_per_trial} processes with {wanted.cpus_per_process} CPUs each "
+                f"needs {needed} CPUs; there are {there.get('CPU', 0):g}"
+            )
+
+    def trials_at_once(self) -> int:
+        """How many trials the resources hold."""
+        wanted = self.resources
+        at_once = int(ray.cluster_resources()["CPU"]) // (wanted.processes_per_trial * wanted.cpus_per_process)
+        if wanted.num_gpus:
+            at_once = min(at_once, wanted.num_gpus // wanted.processes_per_trial)
+        return max(1, at_once)
+
+
+def run_trials(cluster: Cluster, trials: Sequence[Trial], output: Path, operation: Operation, on_event: Event) -> None:
+    """Run the trials, each in its folder under `output`. A failed one leaves error.txt there and costs no other.
+
+    `on_event` is called in this process with "started", "epoch" (and its metrics), "finished" or "failed" (and the
+    `message`). Returns when all have ended, or early and quietly after Ctrl-C.
+    """
+    resources = cluster.resources
+    folders = [trial.folder(output).resolve() for trial in trials]
+    recipes = [trial.recipe for trial in trials]
+    several = resources.processes_per_trial > 1
+
+    def run(config: dict[str, int]) -> None:
+        recipe, folder = recipes[config["trial"]], folders[config["trial"]]
+        (folder / ERROR).unlink(missing_ok=True)
+        try:
+            if several:
+                _train_in_several_processes(recipe, folder, operation, resources)
+            else:
+                _train_here(recipe, folder, operation, resources)
+        except Exception as error:  # whatever it is, it is this trial's: told in its folder, and the others go on
+            _write_error(folder, error)
+
+    if several:
+        # Any cluster's head has this resource; a tiny share places the waiting function there, without a CPU.
+        share: dict[str, float] = {"cpu": 0, "node:__internal_head__": 0.001}
+    else:
+        share = {"cpu": resources.cpus_per_process, "gpu": 1 if resources.num_gpus else 0}
+    with tempfile.TemporaryDirectory(prefix="stadapter-tune-") as scratch:
+        tune.Tuner(
+            tune.with_resources(run, share),
+            param_space={"trial": tune.grid_search(list(range(len(trials))))},
+            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=cluster.trials_at_once()),
+            run_config=tune.RunConfig(
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[_Events(trials, folders, on_event)]
+            ),
+        ).fit()
+
+
+class _Events(tune.Callback):
+    """Tune's callbacks as events of the sweep."""
+
+    def __init__(self, trials: Sequence[Trial], folders: Sequence[Path], on_event: Event) -> None:
+        self.trials, self.folders, self.on_event = trials, folders, on_event
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.on_event("started", self.trials[trial.config["trial"]], {})
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        if "epoch" in result:
+            self.on_event("epoch", self.trials[trial.config["trial"]], result)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        number = trial.config["trial"]
+        if (self.folders[number] / record.RESULT).exists():
+            self.on_event("finished", self.trials[number], {})
+        else:
+            self.on_event("failed", self.trials[number], {"message": _last_line(self.folders[number] / ERROR)})
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        number = trial.config["trial"]
+        self.on_event("failed", self.trials[number], {"message": "its process died (out of memory, or killed)"})
+
+
+def _train_here(recipe: Recipe, folder: Path, operation: Operation, resources: Resources) -> None:
+    torch.set_num_threads(resources.cpus_per_process)
+    device = torch.device("cuda" if resources.num_gpus else "cpu")
+    train(recipe, folder, operation, World(device=device), on_epoch=lambda metrics: tune.report(metrics))
+    if resources.num_gpus:
+        torch.cuda.empty_cache()  # the next trial in this process starts with an empty GPU
+
+
+def _train_in_several_processes(recipe: Recipe, folder: Path, operation: Operation, resources: Resources) -> None:
+    from ray import train as ray_train
+    from ray.train.torch import TorchConfig, TorchTrainer, get_device
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    def worker(config: dict[str, Any]) -> None:
+        context = ray_train.get_context()
+        torch.set_num_threads(resources.cpus_per_process)
+        world = World(context.get_world_rank(), context.get_world_size(), get_device())
+        train(recipe, folder, operation, world, on_epoch=lambda metrics: ray_train.report(metrics))
+
+    per_worker = {"CPU": resources.cpus_per_process} | ({"GPU": 1} if resources.num_gpus else {})
+    TorchTrainer(
+        worker,
+        train_loop_config={},
+        torch_config=TorchConfig(backend="nccl" if resources.num_gpus else "gloo"),
+        scaling_config=ray_train.ScalingConfig(
+            num_workers=resources.processes_per_trial,
+            use_gpu=resources.num_gpus > 0,
+            resources_per_worker=per_worker,
+        ),
+        run_config=ray_train.RunConfig(
+            name="ray_train",
+            storage_path=str(folder),
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # is one; Ray types its base loosely
+        ),
+    ).fit()
+
+
+def _write_error(folder: Path, error: Exception) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(traceback.format_exception(error))
+    cause = str(error).strip().splitlines() or [type(error).__name__]
+    record.write_atomically(folder / ERROR, f"{text}\n{cause[-1]}\n".encode())
+
+
+def _last_line(path: Path) -> str:
+    return path.read_text().strip().splitlines()[-1] if path.exists() else "ended without a result"

@@ -1,0 +1,129 @@
+"""A copy of the run folders in MLflow, for comparing trials in a browser.
+
+The run folders are the truth. What is written here can be lost and made again at any time (`sync`), so nothing
+that goes wrong with the tracking store may end a sweep or hold it up. Only the driver process writes. What is
+written stands in `mlflow_store`; here stands what happens when that does not work.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stadapter import record
+from stadapter.ablation.mlflow_store import STORE_ERRORS, Store
+from stadapter.ablation.trial import Sweep, Trial
+from stadapter.config import ConfigError
+
+# A store that answers, but slowly, may hold up a sweep by this much in all: seconds, and a share of the time gone by.
+PATIENCE_S, PATIENCE_SHARE = 10.0, 0.01
+
+
+class Mirror:
+    """Copies a sweep into an MLflow store while it runs. The store can make no method raise, or wait for long."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        output: Path,
+        tracking_uri: str,
+        *,
+        experiment: str = "stadapter",
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._store = Store(sweep, output, tracking_uri, experiment)
+        self._say = say
+        uri = shlex.quote(_shown(tracking_uri))
+        self._sync = f"python -m stadapter.ablation sync --output {shlex.quote(str(output))} --tracking-uri {uri}"
+        self._began, self._waited = time.monotonic(), 0.0
+        self.working = True
+
+    def start(self) -> None:
+        """Create the store and the experiment where they are missing, and open the sweep's parent run."""
+        self._try(self._store.open)
+
+    def trial_started(self, trial: Trial) -> None:
+        """Open the trial's run, the one it had before if it was interrupted."""
+        self._try(self._store.start_trial, trial)
+
+    def trial_epoch(self, trial: Trial) -> None:
+        """Log the epochs that were recorded since the last call."""
+        self._try(self._store.log_epochs, trial)
+
+    def trial_finished(self, trial: Trial) -> None:
+        """Log what is left of a trial that has its record, whether it ran now or long ago."""
+        self._try(self._store.finish_trial, trial)
+
+    def trial_failed(self, trial: Trial, message: str) -> None:
+        """Log what there is of a trial that will not be tried again now, and why."""
+        self._try(self._store.fail_trial, trial, message)
+
+    def finish(self, table_files: list[Path], status: str = "FINISHED") -> None:
+        """Attach the tables, and end the parent and what still counts as running. `status` as MLflow names it."""
+        self._try(self._store.close, table_files, status)
+
+    @property
+    def address(self) -> str:
+        """The page that compares the arms, to be put behind the address of an MLflow server; empty if there is none."""
+        return self._store.address if self.working else ""
+
+    def _try(self, method: Callable[..., None], *arguments: Any) -> None:
+        if not self.working:
+            return
+        began = time.monotonic()
+        try:
+            method(*arguments)
+        except STORE_ERRORS as error:
+            self._give_up(_first_line(error))
+            return
+        now = time.monotonic()
+        # A store that is well takes milliseconds (and seconds once, to be created); the rest counts as waiting.
+        if now - began > 1 and method != self._store.open:
+            self._waited += now - began
+        if self._waited > PATIENCE_S + PATIENCE_SHARE * (now - self._began):
+            self._give_up(f"it is slow: {self._waited:.0f} s waited")
+
+    def _give_up(self, why: str) -> None:
+        self.working = False
+        self._say(
+            f"warning: MLflow is left out from here on ({why}). The run folders have everything; "
+            f"this brings the store up to date: {self._sync}"
+        )
+
+
+def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "stadapter") -> tuple[int, int]:
+    """Replay the run folders of a sweep into the store; what is there already is left alone.
+
+    Returns how many trials are finished and how many are begun only. ConfigError where the store cannot be written.
+    """
+    finished = begun = 0
+    try:
+        store = Store(sweep, output, tracking_uri, experiment)
+        store.open()
+        for trial in sweep.trials:
+            if record.read_result(trial.folder(output)) is not None:
+                store.finish_trial(trial)
+                finished += 1
+            elif record.read_metrics(trial.folder(output)):
+                store.log_epochs(trial)
+                begun += 1
+        tables = sorted(path for path in sweep.folder(output).glob("*") if not path.name.startswith("."))
+        store.close(tables, "FINISHED" if finished == len(sweep.trials) else "KILLED")
+    except STORE_ERRORS as error:
+        raise ConfigError(f"--tracking-uri {_shown(tracking_uri)}: cannot be written ({_first_line(error)})") from None
+    return finished, begun
+
+
+def _shown(text: str) -> str:
+    """Without the user and password that an address may carry."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
+
+
+def _first_line(error: Exception) -> str:
+    text = _shown((str(error).splitlines() or [""])[0]) or type(error).__name__
+    unreachable = re.match(r"API request to (\w+://[^/]+).* failed with exception", text)
+    return f"{unreachable[1]} does not answer" if unreachable else text[:160]

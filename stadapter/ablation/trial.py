@@ -1,0 +1,107 @@
+"""Arms, trials and their place in the output folder.
+
+<output>/trials/<trial id>/     one run folder per trial (see stadapter.record), shared by all sweeps
+<output>/sweeps/<sweep name>/   the tables of one sweep
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stadapter import config, record
+from stadapter.config import ConfigError, Recipe
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One value of the ablated factor: how a table calls it, and the fields it changes, by dotted path."""
+
+    label: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm with one seed."""
+
+    arm: str
+    recipe: Recipe
+
+    @property
+    def id(self) -> str:
+        return config.identity(self.recipe)
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} seed {self.seed}"
+
+    def folder(self, output: Path) -> Path:
+        return output / "trials" / self.id
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All trials of one question, arm by arm."""
+
+    name: str
+    question: str
+    recipe: Recipe
+    arms: tuple[Arm, ...]
+    trials: tuple[Trial, ...]
+
+    def folder(self, output: Path) -> Path:
+        return output / "sweeps" / f"{self.name}-{self.recipe.name}"
+
+
+def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], seeds: int) -> Sweep:
+    """Every arm with seeds 0 ... seeds - 1, seeds innermost. ConfigError where two arms are the same training."""
+    trials = []
+    seen: dict[str, str] = {}
+    for arm in arms:
+        for seed in range(seeds):
+            trial = Trial(arm.label, config.replace(recipe, **arm.fields, seed=seed))
+            if trial.id in seen:
+                raise ConfigError(f"arms '{seen[trial.id]}' and '{arm.label}' are the same training; leave one out")
+            seen[trial.id] = arm.label
+            trials.append(trial)
+    return Sweep(name, question, recipe, tuple(arms), tuple(trials))
+
+
+def records(sweep: Sweep, output: Path) -> list[dict[str, Any] | None]:
+    """The record of each trial in order, None where it has not finished."""
+    return [record.read_result(trial.folder(output)) for trial in sweep.trials]
+
+
+SWEEP = "sweep.json"
+
+
+def save_sweep(sweep: Sweep, output: Path) -> None:
+    """Write what the sweep asks into its folder, so that its tables and its MLflow runs can be made again from it."""
+    arms = [{"label": arm.label, "fields": arm.fields} for arm in sweep.arms]
+    seeds = sorted({trial.seed for trial in sweep.trials})
+    description = {
+        "name": sweep.name,
+        "question": sweep.question,
+        "recipe": config.flatten(sweep.recipe),
+        "arms": arms,
+        "seeds": len(seeds),
+    }
+    record.write_json(sweep.folder(output) / SWEEP, description)
+
+
+def load_sweep(folder: Path) -> Sweep:
+    """The sweep that `save_sweep` described in `folder`."""
+    path = folder / SWEEP
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no sweep here")
+    saved = json.loads(path.read_text())
+    arms = [Arm(arm["label"], arm["fields"]) for arm in saved["arms"]]
+    return make_sweep(saved["name"], saved["question"], config.unflatten(saved["recipe"]), arms, saved["seeds"])
