@@ -152,6 +152,7 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
     sweep = _make_sweep(question, name, make_arm, options, default_recipe="ssv2_clip_b16" if num_gpus else "embedded")
 
     # Everything that can be wrong with the input shows before anything is started or written.
+    from stadapter.backbones import load_backbone
     from stadapter.cost import cost_of
     from stadapter.data.annotations import load_clips
     from stadapter.train import Operation
@@ -159,6 +160,11 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
     dead = {arm: cost_of(recipe).dead_params for arm, recipe in {t.arm: t.recipe for t in sweep.trials}.items()}
     for split in ("train", "val", "test"):
         load_clips(sweep.recipe.data, options.data_root, split)
+    if (
+        options.address is None
+    ):  # the trials find the weights in the library's cache then, and none downloads them twice
+        for backbone in {trial.recipe.backbone for trial in sweep.trials}:
+            load_backbone(backbone, sweep.recipe.data.frame_size, weights_file=options.weights)
     processes = options.gpus_per_trial if num_gpus else options.processes_per_trial or 1
     if sweep.recipe.optim.global_batch % processes:
         raise ConfigError(
@@ -291,7 +297,8 @@ def _launch(sweep: Sweep, output: Path, operation: Operation, resources: Resourc
     print(f"\n{sweep.question}\n\n{table.to_text(sweep, found)}")
     unfinished = sum(result is None for result in found)
     if mirror is not None:
-        mirror.finish([folder / file for file in files], "FAILED" if unfinished else "FINISHED")
+        status = "FAILED" if terminal.failed else "KILLED" if unfinished else "FINISHED"
+        mirror.finish([folder / file for file in files], status)
     if unfinished:
         print(f"{unfinished} of {len(found)} trials have no result. The same command runs these again, and only these.")
         return 130 if terminal.failed < unfinished else 1

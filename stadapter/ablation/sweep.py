@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from stadapter.ablation.trial import Trial
 from stadapter.config import ConfigError, Recipe
 from stadapter.train import Operation, World, train
 
+REACH_TIMEOUT_S = 5.0
 ERROR = "error.txt"  # in a trial's folder: why it failed last
 Event = Callable[[str, Trial, dict[str, Any]], None]
 
@@ -56,8 +58,21 @@ class Resources:
 def join_cluster(address: str) -> int:
     """Join the running Ray cluster at `address`; returns how many GPUs it has."""
     if not ray.is_initialized():
+        _check_reachable(address)
         _init(address, address=address, runtime_env={"py_modules": [stadapter]})
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _check_reachable(address: str) -> None:
+    """Knock at the address: Ray itself tries for minutes, and reports each try."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator:
+        return  # "auto" and the like: Ray knows at once
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--address {address}: nothing answers there ({reason}); see `ray status`") from None
 
 
 def _init(where: str, **options: Any) -> None:
