@@ -1,6 +1,7 @@
 """The embedded video world: balance, determinism, files, and that no frame tells which way time runs."""
 
 import csv
+import hashlib
 import multiprocessing
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from stadapter.config import ConfigError
+from stadapter.backbones import EMBEDDED_WEIGHTS
+from stadapter.config import RESULTS_VERSION, ConfigError
 from stadapter.data import embedded
 
 FEW = {"train": 12, "val": 4, "test": 4}
@@ -150,3 +152,10 @@ def test_still_images_name_their_digits_and_patches() -> None:
         assert patches.shape == (25,)
         assert 1 <= present.sum() <= 2
         assert set(patches) <= {*np.flatnonzero(present), embedded.BACKGROUND}
+
+
+def test_numbers_of_older_worlds_and_weights_are_not_mistaken_for_new_ones() -> None:
+    # A trial is found again by its recipe and RESULTS_VERSION. Whoever changes the world or its backbone changes what
+    # the embedded recipes give, and raises RESULTS_VERSION with this line.
+    digest = hashlib.sha256(EMBEDDED_WEIGHTS.read_bytes()).hexdigest()[:12]
+    assert (RESULTS_VERSION, embedded.WORLD_VERSION, digest) == (1, 2, "e899c1d43c7f")
