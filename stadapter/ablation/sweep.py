@@ -95,6 +95,7 @@ class Cluster:
         if not ray.is_initialized():
             _init(
                 "this machine",
+                address="local",  # also where another cluster runs: that one is joined by --address only
                 num_cpus=os.cpu_count(),
                 num_gpus=wanted.num_gpus,
                 # Ray Train clears up after itself through the dashboard's State API.
