@@ -41,6 +41,8 @@ class DataConfig:
     frame_size: int = 224
     sampling: Sampling = "uniform"
     frame_stride: int = 16  # frames between two sampled ones; dense sampling only
+    fixed_frames: bool = False  # training looks at the frames that testing looks at, every epoch: little to cache
+    decoded_short_side: int | None = None  # larger frames are reduced to it while they are decoded, before any crop
     resize: Resize = "fast"  # exact: in float32, as the authors'; fast: in uint8, rounded and clamped to 0 ... 255
     short_side_jitter: tuple[float, float] | None = None  # of frame_size, then a random crop
     random_resized_crop: tuple[float, float] | None = None  # share of the frame's area
@@ -55,6 +57,11 @@ class DataConfig:
         if self.label_groups is not None and sum(self.label_groups) != self.num_classes:
             raise ConfigError(
                 f"data.label_groups = {self.label_groups}: must add up to data.num_classes = {self.num_classes}"
+            )
+        if self.decoded_short_side is not None and self.decoded_short_side < self.frame_size:
+            raise ConfigError(
+                f"data.decoded_short_side = {self.decoded_short_side}: is below data.frame_size = {self.frame_size}; "
+                "frames would be reduced only to be enlarged again"
             )
         if not 0 <= self.random_erasing <= 1:
             raise ConfigError(f"data.random_erasing = {self.random_erasing}: a probability, in [0, 1]")

@@ -7,6 +7,7 @@ are known to be exact, and leave the others to `pyav` (see `backends`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -38,6 +39,9 @@ def decode(path: PathLike, indices: Indices, *, backend: Backend = "auto", short
     FFmpeg's scaler, whatever the back end: no other scales alike). A frame that cannot be decoded without damage is
     a ClipError, never a concealed picture.
     """
+    if callable(indices):
+        # A request that draws random numbers is made once, whichever readers it takes to answer it.
+        indices = functools.cache(indices)
     if backend in backends.LIBRARIES and short_side is None:
         frames = backends.decode_where_exact(path, indices, backend)
         if frames is not None:
