@@ -37,6 +37,7 @@ from stadapter.config import DataConfig, OptimConfig, Recipe, derive_seed, flatt
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList, load_clips
 from stadapter.data.clips import ClipDataset, steps_per_epoch, test_loader, train_loader
+from stadapter.data.reading import Reading
 from stadapter.evaluate import evaluate
 from stadapter.model import (
     VideoClassifier,
@@ -235,7 +236,7 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> _Learne
 def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool) -> ClipDataset:
     # The whole embedded world fits in memory, and the next trial in this process finds it there.
     in_memory = data.dataset.startswith("embedded_") and operation.num_workers == 0
-    return ClipDataset(clips, data, seed, train=train, memory_cache=in_memory)
+    return ClipDataset(clips, data, seed, train=train, reading=Reading(in_memory=in_memory))
 
 
 def _load_steps(

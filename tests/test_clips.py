@@ -10,9 +10,11 @@ from videos import write_grey
 
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data import clips as clips_module
+from stadapter.data import reading as reading_module
 from stadapter.data.annotations import ClipList
 from stadapter.data.clips import ClipDataset, GlobalBatches, epoch_order, steps_per_epoch, train_loader
 from stadapter.data.decoding import ClipError
+from stadapter.data.reading import Reading
 
 COUNT, GLOBAL, SEED = 11, 4, 5
 STEP = 16  # of grey from one frame to the next
@@ -195,7 +197,7 @@ def test_bad_clips_are_flagged_through_loader_workers(damaged: ClipList) -> None
 
 def test_a_clip_that_reads_at_the_second_attempt_is_good(clips: ClipList, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [ClipError("storage hiccup")]
-    decode = clips_module.decode
+    decode = reading_module.decode
 
     def flaky(*args: object, **options: object) -> object:
         if failures:
@@ -203,7 +205,7 @@ def test_a_clip_that_reads_at_the_second_attempt_is_good(clips: ClipList, monkey
         return decode(*args, **options)  # type: ignore[arg-type]
 
     expected = ClipDataset(clips, CONFIG, SEED, train=True)[0, 0]
-    monkeypatch.setattr(clips_module, "decode", flaky)
+    monkeypatch.setattr(reading_module, "decode", flaky)
     item = ClipDataset(clips, CONFIG, SEED, train=True)[0, 0]
     assert torch.equal(item["pixels"], expected["pixels"])
     assert not item["bad"]
@@ -216,7 +218,7 @@ def test_a_list_of_bad_clips_only_is_a_clip_error(clips: ClipList, tmp_path: Pat
 
 @pytest.mark.parametrize("train", [True, False])
 def test_the_memory_cache_changes_no_pixel(clips: ClipList, train: bool) -> None:
-    plain, cached = (ClipDataset(clips, CONFIG, SEED, train, memory_cache=on) for on in (False, True))
+    plain, cached = (ClipDataset(clips, CONFIG, SEED, train, Reading(in_memory=on)) for on in (False, True))
     for epoch in range(2):
         for index in range(COUNT):
             key = (epoch, index) if train else index
@@ -224,19 +226,21 @@ def test_the_memory_cache_changes_no_pixel(clips: ClipList, train: bool) -> None
 
 
 def test_the_memory_cache_decodes_a_clip_once(clips: ClipList, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips_module, "_MEMORY", {})
-    ClipDataset(clips, CONFIG, 0, train=True, memory_cache=True)[0, 0]
-    monkeypatch.setattr(clips_module, "decode", None)
-    ClipDataset(clips, CONFIG, 1, train=False, memory_cache=True)[0]
+    monkeypatch.setattr(reading_module, "_MEMORY", {})
+    ClipDataset(clips, CONFIG, 0, train=True, reading=Reading(in_memory=True))[0, 0]
+    monkeypatch.setattr(reading_module, "decode", None)
+    ClipDataset(clips, CONFIG, 1, train=False, reading=Reading(in_memory=True))[0]
 
 
 def test_the_memory_cache_leaves_long_clips_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips_module, "_MEMORY", {})
+    monkeypatch.setattr(reading_module, "_MEMORY", {})
     write_grey(tmp_path / "long.mp4", num_frames=70, step=1)
     clips = ClipList("folder", "train", str(tmp_path), ["long.mp4"], [0], [False], ("a",))
-    plain, cached = (ClipDataset(clips, CONFIG, SEED, train=True, memory_cache=on) for on in (False, True))
+    plain, cached = (
+        ClipDataset(clips, CONFIG, SEED, train=True, reading=Reading(in_memory=on)) for on in (False, True)
+    )
     assert torch.equal(plain[0, 0]["pixels"], cached[0, 0]["pixels"])
-    assert not clips_module._MEMORY
+    assert not reading_module._MEMORY
 
 
 def test_uniform_sampling_with_many_temporal_views_is_a_config_error(clips: ClipList) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def local_copy(path: str, spill: Spill) -> str:
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
     copy = spill.folder / digest[:2] / (digest + os.path.splitext(path)[1])
     with contextlib.suppress(FileNotFoundError):
-        os.utime(copy)  # used now: what is oldest goes first
+        _mark_used(copy)
         return str(copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(suffix=".part", dir=copy.parent)
@@ -125,12 +126,18 @@ def local_copy(path: str, spill: Spill) -> str:
         except Exception as error:  # each of fsspec's back ends has errors of its own
             raise OSError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
         size = os.path.getsize(part)
+        _mark_used(part)
         os.replace(part, copy)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
     _make_room(spill, size, copy)
     return str(copy)
+
+
+def _mark_used(copy: Root) -> None:
+    """Used now: what was used longest ago goes first. The time of change is always 0, since caches go by it."""
+    os.utime(copy, (time.time(), 0))
 
 
 _added: dict[Path, int] = {}  # bytes that this process has put into a spill since it last measured it
@@ -150,7 +157,7 @@ def _make_room(spill: Spill, size: int, newest: Path) -> None:
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     stat = os.stat(os.path.join(folder, name))
-                    kept.append((stat.st_mtime, stat.st_size, os.path.join(folder, name)))
+                    kept.append((stat.st_atime, stat.st_size, os.path.join(folder, name)))
         total = sum(bytes_ for _, bytes_, _ in kept)
         for _, bytes_, name in sorted(kept):
             if total <= spill.limit_bytes:
