@@ -71,3 +71,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def bad_clips_in_words(result: dict[str, Any]) -> str:
+    """What a reader of a record must know about the clips it could not read; empty when there are none."""
+    count = {split: found["clips"] for split, found in result.get("bad_clips", {}).items() if found["clips"]}
+    parts = {
+        "train": f"{count.get('train')} unreadable training clips replaced by their neighbours",
+        "test": f"{count.get('test')} unreadable test clips counted as wrong",
+    }
+    return ", ".join(text for split, text in parts.items() if split in count)

@@ -36,9 +36,10 @@ from stadapter import machine, record
 from stadapter.config import DataConfig, OptimConfig, Recipe, derive_seed, flatten, identity
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList, load_clips
-from stadapter.data.bad_clips import DEFAULT_MAX_BAD_SHARE, BadClips
+from stadapter.data.bad_clips import BadClips
 from stadapter.data.clips import ClipDataset, steps_per_epoch, test_loader, train_loader
-from stadapter.data.reading import DEFAULT_TIME_LIMIT_S, Reading
+from stadapter.data.flags import DEFAULT_MAX_BAD_SHARE, DEFAULT_TIME_LIMIT_S
+from stadapter.data.reading import Reading
 from stadapter.data.storage import DEFAULT_SPILL_GB, default_spill
 from stadapter.evaluate import evaluate
 from stadapter.model import (

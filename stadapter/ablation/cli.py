@@ -23,6 +23,8 @@ from stadapter.ablation import table
 from stadapter.ablation.terminal import Terminal
 from stadapter.ablation.trial import Arm, Sweep, Trial, make_sweep, records, save_sweep
 from stadapter.config import ConfigError, Recipe
+from stadapter.data.flags import add_reading_flags, reading_flags
+from stadapter.data.storage import data_root
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
@@ -82,8 +84,9 @@ def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentPars
         help="change a field of the recipe in every arm, such as optim.epochs=1; repeatable, fields below",
     )  # fmt: skip
     what.add_argument(
-        "--data-root", type=Path, metavar="FOLDER", help="where the recipe's data set lies; the embedded one needs none"
-    )
+        "--data-root", type=data_root, metavar="FOLDER",
+        help="where the recipe's data set lies, or its address (s3://...); the embedded one needs none",
+    )  # fmt: skip
     what.add_argument("--weights", type=Path, metavar="FILE", help="backbone weights from this file instead of the hub")
 
     where = parser.add_argument_group("where it runs (does not change the numbers)")
@@ -111,6 +114,7 @@ def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentPars
         "--clips-per-pass", type=int, metavar="N",
         help=f"clips in one pass of a process; more are accumulated (default: all, or {GPU_CLIPS_PER_PASS} on a GPU)",
     )  # fmt: skip
+    add_reading_flags(where)
     where.add_argument(
         "--address", metavar="ADDRESS",
         help="join this running Ray cluster ('auto', host:port or ray://host:port) instead of starting Ray here; "
@@ -169,10 +173,11 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
     if workers is None:
         workers = cpus - 1 if num_gpus else 0
     operation = Operation(
-        data_root=options.data_root and options.data_root.resolve(),
+        data_root=options.data_root,
         weights_file=options.weights and options.weights.resolve(),
         num_workers=workers,
         clips_per_pass=options.clips_per_pass or (GPU_CLIPS_PER_PASS if num_gpus else None),
+        **reading_flags(options),
     )
     from stadapter.ablation.sweep import Resources
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-DEFAULT_MAX_BAD_SHARE = 0.05
+from stadapter.data.packets import ClipError
+
 _NAMED = 10  # in a record
 
 
@@ -24,12 +25,18 @@ class BadClips:
 
     def watch(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches unchanged, their bad clips noted; BadClipsError as soon as there are too many."""
-        for batch in batches:
-            for line in filter(None, "\n".join(batch["reason"]).split("\n")):
-                index, _, reason = line.partition("\t")
-                self.reasons[int(index)] = reason
-            self.check()
-            yield batch
+        try:
+            for batch in batches:
+                self.note(batch)
+                yield batch
+        except ClipError as error:  # a loader worker's comes with its traceback before the last line
+            raise BadClipsError(str(error).splitlines()[-1]) from None
+
+    def note(self, batch: dict[str, Any]) -> None:
+        for line in filter(None, "\n".join(batch["reason"]).split("\n")):
+            index, _, reason = line.partition("\t")
+            self.reasons[int(index)] = reason
+        self.check()
 
     def gather(self) -> None:
         """Afterwards every process knows the bad clips of all."""

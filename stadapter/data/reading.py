@@ -18,12 +18,12 @@ from stadapter.data import storage
 from stadapter.data.cache import ClipCache, Decode
 from stadapter.data.cliplist import split_segment
 from stadapter.data.decoding import Backend, ClipError, decode
+from stadapter.data.flags import DEFAULT_TIME_LIMIT_S
 from stadapter.data.packets import Indices, PathLike
 from stadapter.data.storage import Spill
 
 Sampling = Callable[[int], Sequence[int]]  # number of frames -> indices
 
-DEFAULT_TIME_LIMIT_S = 60.0
 _GIVE_UPS = 2
 
 # Whole decoded clips, for `in_memory`: (file, size, time of change, settings) -> uint8 [all frames, H, W, 3].
