@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ from stadapter.data.annotations import ClipList
 from stadapter.data.cache import GB, ClipCache, decode_settings
 from stadapter.data.clips import ClipDataset, train_loader
 from stadapter.data.decoding import ClipError, decode
+from stadapter.data.disk_need import DiskNeed, describe, disk_need
 from stadapter.data.packets import Indices, PathLike
 from stadapter.data.reading import Reading
 
@@ -302,6 +304,32 @@ def test_with_fixed_frames_the_second_epoch_decodes_nothing(clips: ClipList, mak
     dataset = ClipDataset(clips, config, seed=2, train=True, reading=Reading(cache=cache))
     dataset[7, 3]
     assert cache.used_bytes() == used
+
+
+def test_the_disk_need_is_what_is_then_used(clips: ClipList, make: Callable[..., ClipCache]) -> None:
+    config = dataclasses.replace(CONFIG, num_frames=3)
+    estimate = disk_need({"train": clips}, config, epochs=4, num_seeds=1)
+    dataset = ClipDataset(clips, config, 0, train=True, reading=Reading(cache=make(root=Path(clips.root))))
+    for epoch, index in itertools.product(range(4), range(len(clips))):
+        dataset[epoch, index]
+    assert estimate.all_frames == sum(range(12, 18)) * FRAME_BYTES
+    assert 0.7 < make(root=Path(clips.root)).used_bytes() / estimate.looked_at < 1.3
+
+
+def test_more_epochs_and_seeds_never_need_more_than_all_frames(clips: ClipList) -> None:
+    lists = {"train": clips, "val": clips, "test": clips}
+    needs = [disk_need(lists, CONFIG, epochs, num_seeds=epochs).looked_at for epochs in (1, 2, 30)]
+    assert needs == sorted(needs)
+    tests_too = len(clips) * CONFIG.num_frames * (FRAME_BYTES + cache_module.BLOCK)
+    assert needs[-1] <= sum(range(12, 18)) * (FRAME_BYTES + cache_module.BLOCK) + tests_too
+
+
+def test_a_need_above_the_limit_is_told(tmp_path: Path) -> None:
+    text = describe(DiskNeed(20 * GB, 80 * GB), 5, 2, tmp_path)
+    assert f"clip cache: {tmp_path}, at most 5 GB per node; the frames that 2 seeds look at need about 20 GB" in text
+    assert "all frames 80 GB" in text
+    assert "room for 25 % of them" in text
+    assert "room" not in describe(DiskNeed(GB, GB), 5, 1, tmp_path)
 
 
 def test_the_module_counts_what_is_on_the_disk(make: Callable[..., ClipCache], video: Path) -> None:

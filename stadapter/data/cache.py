@@ -45,7 +45,7 @@ Decode = Callable[[PathLike, Indices], np.ndarray]
 GB = 10**9
 _HEADER = struct.Struct("<8sQQQ")
 _MAGIC = b"stacl\x00\x00\x01"  # the last byte counts the format's versions
-_BLOCK = 4096
+BLOCK = 4096
 _USED, _LOCK = "used-bytes", ".lock"
 
 
@@ -137,7 +137,7 @@ class ClipCache:
     def _store(self, file: Path, total: int, frames: dict[int, np.ndarray]) -> None:
         """Keep frames if there is room; a full or broken disk leaves them out and costs nothing else."""
         first = next(iter(frames.values()))
-        size = sum(frame.nbytes + _BLOCK for frame in frames.values()) + (0 if file.exists() else _marks_end(total))
+        size = sum(frame.nbytes + BLOCK for frame in frames.values()) + (0 if file.exists() else _marks_end(total))
         with contextlib.suppress(OSError):
             with self._count() as count:
                 if count[0] + size > self.limit_bytes:
@@ -221,7 +221,7 @@ def _identity(path: PathLike) -> str:
 
 
 def _marks_end(total: int) -> int:
-    return -(-(_HEADER.size + 8 * total) // _BLOCK) * _BLOCK
+    return -(-(_HEADER.size + 8 * total) // BLOCK) * BLOCK
 
 
 def _mark(pixels: np.ndarray) -> int:

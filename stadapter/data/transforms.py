@@ -87,10 +87,12 @@ def test_views(frames_THWC: np.ndarray, config: DataConfig) -> Tensor:
     uint8, or float32 around [0, 1] for `exact` resizing.
     """
     size, num_crops = config.frame_size, config.test_spatial_views
-    pixels = _resize_short_side(_channels_first(frames_THWC, config), size)
-    crops = spatial_crops(pixels.shape[-2], pixels.shape[-1], size, num_crops)
-    views = torch.stack([pixels[..., top : top + size, left : left + size] for top, left in crops])
-    return views.unflatten(1, (-1, config.num_frames)).transpose(0, 1).flatten(0, 1)
+    views = []
+    for start in range(0, len(frames_THWC), config.num_frames):  # a view at a time, which fits the processor's cache
+        pixels = _resize_short_side(_channels_first(frames_THWC[start : start + config.num_frames], config), size)
+        crops = spatial_crops(pixels.shape[-2], pixels.shape[-1], size, num_crops)
+        views += [pixels[..., top : top + size, left : left + size] for top, left in crops]
+    return torch.stack(views)
 
 
 test_views.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
@@ -102,7 +104,8 @@ def pixel_dtype(config: DataConfig) -> torch.dtype:
 
 def _channels_first(frames_THWC: np.ndarray, config: DataConfig) -> Tensor:
     pixels = torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2)
-    return pixels / 255 if config.resize == "exact" else pixels
+    # Floats are resized faster plane by plane, bytes interleaved.
+    return pixels.contiguous() / 255 if config.resize == "exact" else pixels
 
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
