@@ -254,3 +254,37 @@ def test_paths_survive_packing(clips: ClipList) -> None:
         dataclasses.replace(clips, paths=names, labels=[0, 1, 2], reversed=[False] * 3), CONFIG, 0, True
     )
     assert [packed.path(i) for i in range(3)] == [f"{clips.root}/{name}" for name in names]
+
+
+def test_repeated_augmentation_shows_each_clip_of_a_batch_in_several_views(clips: ClipList) -> None:
+    config = dataclasses.replace(CONFIG, random_resized_crop=(0.3, 1.0), repeated_augmentation=2)
+    once, *_ = train_loader(ClipDataset(clips, CONFIG, SEED, train=True), GLOBAL, steps=range(1))
+    twice, *_ = train_loader(ClipDataset(clips, config, SEED, train=True), GLOBAL, steps=range(1))
+    assert twice["index"].tolist() == [int(index) for index in once["index"][:2] for _ in range(2)]
+    assert twice["position"].tolist() == list(range(GLOBAL))
+    assert not torch.equal(twice["pixels"][0], twice["pixels"][1])
+
+
+def test_repeated_augmentation_shows_every_clip_once_per_view_in_an_epoch() -> None:
+    batches = GlobalBatches(12, GLOBAL, steps=range(12), seed=SEED, repeats=2)
+    keys = [key[:2] for batch in batches for key in batch]
+    assert batches.epoch_steps == 6
+    assert sorted(keys[:24]) == [(showing, index) for showing in (0, 1) for index in range(12)]
+    assert sorted(keys[24:]) == [(showing, index) for showing in (2, 3) for index in range(12)]
+
+
+def test_repeated_augmentation_is_the_same_in_two_processes() -> None:
+    whole = list(GlobalBatches(COUNT, GLOBAL, steps=range(6), seed=SEED, repeats=2))
+    halves = [GlobalBatches(COUNT, GLOBAL, steps=range(6), seed=SEED, rank=r, world=2, repeats=2) for r in (0, 1)]
+    assert [[*a, *b] for a, b in zip(*halves, strict=True)] == whole
+
+
+def test_labels_of_two_heads_travel_together(clips: ClipList) -> None:
+    pairs = dataclasses.replace(clips, labels=[(i, COUNT - i) for i in range(COUNT)])
+    batch = next(iter(clips_module.test_loader(ClipDataset(pairs, CONFIG, SEED, train=False), 3)))
+    assert batch["label"].tolist() == [[0, 11], [1, 10], [2, 9]]
+
+
+def test_exact_resizing_gives_floats_and_zeros_of_the_same_kind_for_a_bad_clip(damaged: ClipList) -> None:
+    dataset = ClipDataset(damaged, dataclasses.replace(CONFIG, resize="exact"), SEED, train=False)
+    assert {dataset[i]["pixels"].dtype for i in (2, 3)} == {torch.float32}
