@@ -37,7 +37,9 @@ from stadapter.config import DataConfig, OptimConfig, Recipe, derive_seed, flatt
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList, load_clips
 from stadapter.data.bad_clips import BadClips
-from stadapter.data.clips import ClipDataset, steps_per_epoch, test_loader, train_loader
+from stadapter.data.cache import open_cache
+from stadapter.data.clips import ClipDataset, Elsewhere, steps_per_epoch, test_loader, train_loader
+from stadapter.data.decoding import Backend
 from stadapter.data.flags import DEFAULT_MAX_BAD_SHARE, DEFAULT_TIME_LIMIT_S
 from stadapter.data.reading import Reading
 from stadapter.data.storage import DEFAULT_SPILL_GB, default_spill
@@ -79,6 +81,9 @@ class Operation:
     max_bad_share: float = DEFAULT_MAX_BAD_SHARE  # of a list's clips; above it, unreadable clips stop the training
     clip_time_limit_s: float = DEFAULT_TIME_LIMIT_S  # after which reading a clip is given up
     spill_gb: float = DEFAULT_SPILL_GB  # local copies of clips that lie at addresses
+    decoder: Backend = "auto"
+    cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
+    elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
 
 
 def join_world() -> World:
@@ -211,7 +216,7 @@ def train(
             split: {"fingerprint": clips[split].fingerprint(), "clips": len(clips[split])}
             for split in ("train", "test")
         }
-        | {"decoder": "pyav"},
+        | {"decoder": "pyav" if operation.decoder == "auto" else operation.decoder},
         "started": started,
         "finished": time.time(),
         **machine.provenance(),
@@ -243,7 +248,11 @@ def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation,
     # The whole embedded world fits in memory, and the next trial in this process finds it there.
     in_memory = data.dataset.startswith("embedded_") and operation.num_workers == 0
     reading = Reading(
-        time_limit_s=operation.clip_time_limit_s, in_memory=in_memory, spill=default_spill(operation.spill_gb)
+        decoder=operation.decoder,
+        time_limit_s=operation.clip_time_limit_s,
+        in_memory=in_memory,
+        spill=default_spill(operation.spill_gb),
+        cache=open_cache(clips.root, operation.cache_gb, operation.decoder, data.decoded_short_side),
     )
     return ClipDataset(clips, data, seed, train=train, reading=reading)
 
@@ -265,6 +274,7 @@ def _load_steps(
             micro_batch=clips_per_pass,
             num_workers=operation.num_workers,
             pin_memory=world.device.type == "cuda",
+            elsewhere=operation.elsewhere,
         )
     )
     passes = math.ceil(share / clips_per_pass)
@@ -367,6 +377,7 @@ def _test(
         rank=world.rank,
         world=world.size,
         num_workers=operation.num_workers,
+        elsewhere=operation.elsewhere,
     )
     result = evaluate(
         learner.model,

@@ -28,6 +28,7 @@ from stadapter.data.storage import data_root
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
+    from stadapter.data.clips import Elsewhere
     from stadapter.train import Operation
 
 DEFAULT_OUTPUT = Path("runs")
@@ -116,6 +117,11 @@ def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentPars
     )  # fmt: skip
     add_reading_flags(where)
     where.add_argument(
+        "--decode-on-cluster", action="store_true",
+        help="decode on all nodes of the cluster (Ray Data) instead of in loader processes beside the training; for "
+        "machines whose cores cannot feed their GPUs",
+    )  # fmt: skip
+    where.add_argument(
         "--address", metavar="ADDRESS",
         help="join this running Ray cluster ('auto', host:port or ray://host:port) instead of starting Ray here; "
         "--output and --data-root must then be on a file system that its nodes share",
@@ -161,8 +167,7 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
     from stadapter.train import Operation
 
     dead = {arm: cost_of(recipe).dead_params for arm, recipe in {t.arm: t.recipe for t in sweep.trials}.items()}
-    for split in ("train", "val", "test"):
-        load_clips(sweep.recipe.data, options.data_root, split)
+    clips = {split: load_clips(sweep.recipe.data, options.data_root, split) for split in ("train", "val", "test")}
     processes = options.gpus_per_trial if num_gpus else options.processes_per_trial or 1
     if sweep.recipe.optim.global_batch % processes:
         raise ConfigError(
@@ -177,11 +182,12 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
         weights_file=options.weights and options.weights.resolve(),
         num_workers=workers,
         clips_per_pass=options.clips_per_pass or (GPU_CLIPS_PER_PASS if num_gpus else None),
+        elsewhere=_elsewhere(options),
         **reading_flags(options),
     )
     from stadapter.ablation.sweep import Resources
 
-    resources = Resources(num_gpus, processes, cpus, options.address, options.dashboard_port)
+    resources = Resources(num_gpus, processes, cpus, options.address, options.dashboard_port, options.decode_on_cluster)
     output = options.output.resolve()
     try:
         sweep.folder(output).mkdir(parents=True, exist_ok=True)
@@ -196,7 +202,21 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
                 f"note: {arm}: the after_mhsa adapter of the last block can never receive a gradient (only CLS is read"
             )
             print(f"      after it); its {count:,} parameters are neither trained nor counted as trainable")
+    if options.cache_gb:
+        from stadapter.data.disk_need import describe, disk_need
+
+        need = disk_need(clips, sweep.recipe.data, sweep.recipe.optim.epochs, options.seeds)
+        print(describe(need, options.cache_gb, options.seeds))
     return _launch(sweep, output, operation, resources, options)
+
+
+def _elsewhere(options: argparse.Namespace) -> Elsewhere | None:
+    if not options.decode_on_cluster:
+        return None
+    import stadapter.ablation.sweep  # noqa: F401  # sets Ray's environment before Ray is imported
+    from stadapter.ablation.cluster_decoding import decode_on_cluster
+
+    return decode_on_cluster
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

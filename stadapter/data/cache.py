@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import mmap
@@ -137,6 +138,8 @@ class ClipCache:
     def _store(self, file: Path, total: int, frames: dict[int, np.ndarray]) -> None:
         """Keep frames if there is room; a full or broken disk leaves them out and costs nothing else."""
         first = next(iter(frames.values()))
+        with contextlib.suppress(OSError):  # another node's folder, where batches are made on a cluster
+            self.clips.mkdir(parents=True, exist_ok=True)
         size = sum(frame.nbytes + BLOCK for frame in frames.values()) + (0 if file.exists() else _marks_end(total))
         with contextlib.suppress(OSError):
             with self._count() as count:
@@ -170,6 +173,14 @@ class ClipCache:
                 if sum(sizes.values()) > 0.9 * self.limit_bytes and _remove_unused(folder):
                     del sizes[folder]
             count[0] = sum(sizes.values())
+
+
+@functools.cache
+def open_cache(root: str, gigabytes: float, backend: str, short_side: int | None) -> ClipCache | None:
+    """This node's cache for a data set, opened once by each process; None where its limit is 0."""
+    if not gigabytes:
+        return None
+    return ClipCache(root, int(gigabytes * GB), decode_settings(backend, short_side))
 
 
 class _Cached:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -167,6 +167,10 @@ def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((_ORDER, seed, epoch)).permutation(num_clips)
 
 
+# Makes batches in place of this machine's loader processes: (data set, lists of keys) -> batches in their order.
+Elsewhere = Callable[[ClipDataset, Iterable[Sequence[Any]]], Iterable[dict[str, Any]]]
+
+
 class GlobalBatches(Sampler[list[TrainKey]]):
     """One process's keys for a range of optimiser steps, a micro-batch at a time.
 
@@ -226,7 +230,8 @@ def train_loader(
     micro_batch: int | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader[dict[str, Any]]:
+    elsewhere: Elsewhere | None = None,
+) -> Iterable[dict[str, Any]]:
     """This process's micro-batches for the steps, in order: pixels [B, T, 3, S, S], label, index, position int64 [B]
     (the position in the global batch), bad bool [B], reason a list of B strings."""
     batches = GlobalBatches(
@@ -239,16 +244,27 @@ def train_loader(
         micro_batch=micro_batch,
         repeats=dataset.config.repeated_augmentation,
     )
+    if elsewhere is not None:
+        return elsewhere(dataset, batches)
     return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_workers(num_workers))
 
 
 def test_loader(
-    dataset: ClipDataset, batch: int, *, rank: int = 0, world: int = 1, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[dict[str, Any]]:
+    dataset: ClipDataset,
+    batch: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    elsewhere: Elsewhere | None = None,
+) -> Iterable[dict[str, Any]]:
     """This process's share of the clips, every `world`-th one, none twice: pixels [B, V, T, 3, S, S], label and index
     int64 [B], bad bool [B], reason a list of B strings. The last batch may be smaller, and a share may be empty."""
     share = range(rank, len(dataset), world)
     batches = [list(share[start : start + batch]) for start in range(0, len(share), batch)]
+    if elsewhere is not None:
+        return elsewhere(dataset, batches)
     return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_workers(num_workers))
 
 

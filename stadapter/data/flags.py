@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from stadapter.config import ConfigError
+from stadapter.data.decoding import Backend, check_backend
 from stadapter.data.storage import DEFAULT_SPILL_GB
 
 DEFAULT_MAX_BAD_SHARE = 0.05
@@ -13,6 +14,15 @@ DEFAULT_TIME_LIMIT_S = 60.0
 
 
 def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--decoder", choices=get_args(Backend), default="auto",
+        help="what reads video files; all give the same frames (default: %(default)s, the fastest that is exact)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-gb", type=float, default=0.0, metavar="GB",
+        help="keep decoded frames on this much of each node's disk, in $STADAPTER_CACHE or ~/.cache/stadapter: the "
+        "next trial of the same seed decodes nothing (default: 0, none)",
+    )  # fmt: skip
     parser.add_argument(
         "--max-bad-share", type=float, default=DEFAULT_MAX_BAD_SHARE, metavar="SHARE",
         help="stop when more than this share of a list's clips cannot be read (default: %(default)s); fewer are "
@@ -36,7 +46,12 @@ def reading_flags(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--clip-time-limit {options.clip_time_limit:g}: must be above 0 seconds")
     if options.spill_gb < 0:
         raise ConfigError(f"--spill-gb {options.spill_gb:g}: must be at least 0")
+    if options.cache_gb < 0:
+        raise ConfigError(f"--cache-gb {options.cache_gb:g}: must be at least 0")
+    check_backend(options.decoder)
     return {
+        "decoder": options.decoder,
+        "cache_gb": options.cache_gb,
         "max_bad_share": options.max_bad_share,
         "clip_time_limit_s": options.clip_time_limit,
         "spill_gb": options.spill_gb,
