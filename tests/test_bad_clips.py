@@ -18,11 +18,12 @@ from videos import scene, write_grey, write_video
 
 from stadapter import config, record
 from stadapter.config import DataConfig, Recipe
+from stadapter.data import apart
 from stadapter.data import reading as reading_module
 from stadapter.data.annotations import ClipList
 from stadapter.data.bad_clips import BadClips, BadClipsError
 from stadapter.data.clips import ClipDataset, train_loader
-from stadapter.data.decoding import ClipError
+from stadapter.data.decoding import ClipError, decode
 from stadapter.data.reading import Reading, read_frames
 from stadapter.data.storage import Spill
 from stadapter.train import Operation, train
@@ -193,6 +194,58 @@ def test_a_file_that_never_ends_is_given_up_in_a_loader_worker(one_clip: ClipLis
     batches = list(train_loader(ClipDataset(clips, SETTINGS, 0, True, reading), 3, steps=range(1), num_workers=1))
     assert sorted(batches[0]["label"].tolist()) == [0, 2, 2]
     assert "b.mp4: was given up" in "".join(batches[0]["reason"])
+
+
+# --- a decoder that crashes
+
+
+CRASHING_DECORD = """
+import os, time
+import numpy as np
+class DECORDError(Exception): pass
+def cpu(device): return None
+class VideoReader:
+    def __init__(self, path, **options):
+        if path.endswith("b.mp4"): os.abort()
+        if path.endswith("c.mp4"): time.sleep(60)
+    def __len__(self): return 12
+    def get_batch(self, wanted):
+        class Batch:
+            def asnumpy(self): return np.zeros((len(wanted), 32, 32, 3), np.uint8)
+        return Batch()
+"""
+
+
+@pytest.fixture
+def crashing_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stands in for decord in the process apart: it kills its process at b.mp4, and never returns from c.mp4."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "decord.py").write_text(CRASHING_DECORD)
+    monkeypatch.syspath_prepend(tmp_path / "fake")
+    monkeypatch.setattr(reading_module, "_given_up", {})
+    apart.stop()
+    yield
+    apart.stop()
+
+
+def test_a_decoder_that_crashes_or_hangs_costs_its_clip_only(one_clip: ClipList, crashing_decord: None) -> None:
+    dataset = ClipDataset(one_clip, SETTINGS, 0, False, Reading("decord", time_limit_s=4))
+    reasons = [dataset[index]["reason"] for index in (0, 1, 2, 0)]
+    assert reasons[0] == reasons[3] == ""
+    assert "b.mp4: decord crashed on it" in reasons[1]
+    assert "c.mp4: was given up" in reasons[2]
+
+
+@pytest.mark.parametrize("indices", [[3, 0], lambda total: [total - 1]])
+def test_frames_decoded_apart_are_the_same(one_clip: ClipList, tmp_path: Path, indices: Any) -> None:
+    path = tmp_path / "a.mp4"
+    assert np.array_equal(apart.decode_apart(path, indices, backend="pyav"), decode(path, indices))
+
+
+def test_an_error_apart_is_the_same_clip_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(ClipError, match=r"empty.mp4: the file is empty"):
+        apart.decode_apart(tmp_path / "empty.mp4", [0], backend="decord")
 
 
 # --- segments of long videos

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -288,3 +289,10 @@ def test_labels_of_two_heads_travel_together(clips: ClipList) -> None:
 def test_exact_resizing_gives_floats_and_zeros_of_the_same_kind_for_a_bad_clip(damaged: ClipList) -> None:
     dataset = ClipDataset(damaged, dataclasses.replace(CONFIG, resize="exact"), SEED, train=False)
     assert {dataset[i]["pixels"].dtype for i in (2, 3)} == {torch.float32}
+
+
+def test_loader_workers_share_the_list_instead_of_copying_it(clips: ClipList) -> None:
+    long = dataclasses.replace(
+        clips, paths=[f"{i:040d}.mp4" for i in range(50_000)], labels=[0] * 50_000, reversed=[False] * 50_000
+    )
+    assert len(ForkingPickler.dumps(ClipDataset(long, CONFIG, SEED, train=True))) < 10_000

@@ -2,7 +2,7 @@
 
 A read that takes too long is given up: it goes on in a thread of its own, which nobody waits for, and the clip counts
 as unreadable. (A thread can be left alone because every decoder here works without Python's lock.) A clip given up
-twice in a process is not tried there again.
+twice in a process is not tried there again. decord, which is known to crash and to hang, works in a process apart.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stadapter.data import storage
+from stadapter.data.apart import decode_apart, stop
 from stadapter.data.cache import ClipCache, Decode
 from stadapter.data.cliplist import split_segment
 from stadapter.data.decoding import Backend, ClipError, decode
@@ -71,6 +72,7 @@ def read_frames(path: str, indices: Sampling, reading: Reading, short_side: int 
     thread.start()
     thread.join(reading.time_limit_s)
     if not finished:
+        stop()
         _given_up[path] = _given_up.get(path, 0) + 1
         raise ClipError(f"{path}: was given up: reading it took longer than {reading.time_limit_s:g} s")
     if isinstance(finished[0], BaseException):
@@ -85,7 +87,8 @@ def _read(file: str, indices: Sampling, reading: Reading, short_side: int | None
         raise ClipError(f"{file}: cannot be read ({error.strerror or error})") from None
 
     def decode_here(path: PathLike, wanted: Indices) -> np.ndarray:
-        return decode(path, wanted, backend=reading.decoder, short_side=short_side)
+        read = decode_apart if reading.decoder == "decord" else decode
+        return read(path, wanted, backend=reading.decoder, short_side=short_side)
 
     try:
         if reading.in_memory:
