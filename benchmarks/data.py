@@ -3,8 +3,8 @@
     python -m benchmarks.data
 
 Every method runs once per round, one after the other, so that a busy machine slows all of them alike; times are
-medians of the CPU seconds of this process. A ratio is the plain way's time over ours. "lean" is the reference that
-picks frames before it converts and resizes them; see plain.py.
+medians of CPU seconds, those of child processes included. A ratio is the plain way's time over ours. "lean" is the
+reference that picks frames before it converts and resizes them; see plain.py.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def our_ways(cache: ClipCache) -> list[Method]:
         *torchcodec,
         Method("training clip, warm cache", "train", train("auto", cached=True), 15),
         Method("test clip, 3 temporal views", "temporal", test(KINETICS, "fast"), 12),
-        Method("test clip, 3 temporal views, exact", "temporal", test(KINETICS, "exact"), 12),
+        Method("test clip, 3 temporal views, exact", "temporal", test(KINETICS, "exact")),
         Method("test clip, 3 spatial views", "spatial", test(SSV2, "fast"), 7),
-        Method("test clip, 3 spatial views, exact", "spatial", test(SSV2, "exact"), 7),
+        Method("test clip, 3 spatial views, exact", "spatial", test(SSV2, "exact")),
     ]
 
 
@@ -114,10 +114,21 @@ def measure(ways: dict[str, Pixels], paths: list[Path], rounds: int) -> dict[str
                     for drawn in range(1, rounds + 1) if "cache" in name else (1,):
                         run(path, drawn)
                     continue
-                started = time.process_time()
+                started = _cpu_s()
                 run(path, number)
-                times[name].append(1000 * (time.process_time() - started))
+                times[name].append(1000 * (_cpu_s() - started))
     return {name: statistics.median(values) for name, values in times.items() if values}
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process and of the processes it has started: decord has one of its own."""
+    total = time.process_time()
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            total += (
+                sum(int(file.read_text().split()[0]) for file in Path("/proc", child).glob("task/*/schedstat")) / 1e9
+            )
+    return total
 
 
 def peak_mib(run: Pixels, path: Path) -> float:
@@ -147,7 +158,7 @@ def compare(path: Path) -> tuple[float, list[str]]:
     triples = {
         "3 temporal views": (plain.test_pixels(path, KINETICS), *_both(KINETICS, path)),
         "3 spatial views": (plain.test_pixels(path, SSV2), *_both(SSV2, path)),
-        "training clip": (plain.train_pixels(path, KINETICS, 1), _train(path, "exact"), _train(path, "fast")),
+        "training clip": (plain.train_pixels(path, KINETICS, 2), _train(path, "exact"), _train(path, "fast")),
     }
     for name, (reference, exact, fast) in triples.items():
         exact_off, fast_off = ((ours - reference).abs() / CLIP_STD for ours in (exact, fast.float() / 255))
@@ -165,7 +176,7 @@ def _both(config: DataConfig, path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _train(path: Path, resize: Resize) -> Tensor:
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(2)
     frames = decode(path, lambda total: dense_indices(total, KINETICS.num_frames, KINETICS.frame_stride, rng))
     return train_pixels(frames, dataclasses.replace(KINETICS, resize=resize), rng)
 
