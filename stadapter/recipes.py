@@ -17,7 +17,14 @@ from stadapter.config import AdapterConfig, BackboneConfig, ConfigError, DataCon
 # Which way do the digits move? 12 classes in 6 pairs that only the direction of time tells apart.
 embedded = Recipe(
     name="embedded",
-    data=DataConfig(dataset="embedded_motion", num_classes=12, num_frames=8, frame_size=60),
+    data=DataConfig(
+        dataset="embedded_motion",
+        num_classes=12,
+        num_frames=8,
+        frame_size=60,
+        sampling="dense",  # half of a clip's 16 frames; one at random per segment would jitter the speeds
+        frame_stride=2,
+    ),
     backbone=BackboneConfig("embedded"),
     adapter=AdapterConfig(bottleneck_width=48, kernel_size=(3, 3, 3)),
     train_final_norm=True,
