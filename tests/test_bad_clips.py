@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +137,22 @@ def test_bad_clips_met_before_an_interruption_are_in_the_record(
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path, operation, on_epoch=stop)
     assert train(recipe, tmp_path, operation)["bad_clips"]["train"] == undisturbed["bad_clips"]["train"]
+
+
+def test_two_processes_report_the_bad_clips_of_both(
+    odd_folder: Path, tiny_flags: list[str], tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [*tiny_flags, "--data-root", str(odd_folder), "--set", "data.dataset=list", "--max-bad-share", "0.5"]
+    command = [*torchrun, "-m", "stadapter", "train", "--output", str(tmp_path / "run"), *flags]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    result = record.read_result(tmp_path / "run")
+    assert result is not None
+    assert result["bad_clips"]["train"] == undisturbed["bad_clips"]["train"]
+    assert result["bad_clips"]["test"]["first"] == undisturbed["bad_clips"]["test"]["first"][:4]  # all but the vanished
+    assert "4 unreadable training clips replaced by their neighbours, 4 unreadable test clips" in done.stdout
 
 
 # --- decoders that do not return

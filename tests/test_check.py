@@ -105,6 +105,17 @@ def test_input_that_cannot_work_is_answered_in_one_line(
     assert said.count("\n") == 1
 
 
+def test_segments_of_one_video_are_clips_of_their_own(tmp_path: Path) -> None:
+    write_grey(tmp_path / "long.mp4", num_frames=12)
+    paths = ["long.mp4#frames=0,6", "long.mp4#frames=6,12", "long.mp4#frames=0,6", "long.mp4#frames=9,12"]
+    clips = ClipList("list", "train", str(tmp_path), paths, [0] * 4, [False] * 4, ("0",))
+    looks = check.look_at_all(clips, 4, 1, Reading())
+    assert [(found.index, found.problem) for found in check.find_problems(clips, looks, {})] == [
+        (2, "duplicate"),
+        (3, "too_short"),
+    ]
+
+
 def test_a_file_that_kills_its_process_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_look_at_some", _die_at_b)
     clips = ClipList("list", "train", "", ["a", "b", "c"], [0] * 3, [False] * 3, ("0",))
