@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Train and test one recipe, in this process, or in several under torchrun:\n\n"
         "  torchrun --nproc-per-node 8 -m stadapter train --recipe ssv2_clip_b16 \\\n"
         "      --data-root /data/ssv2 --output runs/ssv2",
-        epilog="recipes: " + ", ".join(recipes.names()),
+        epilog=recipes.listing(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("--recipe", default="embedded", metavar="NAME", help="which training (default: %(default)s)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import textwrap
 from pathlib import Path
 
 from stadapter.config import AdapterConfig, BackboneConfig, ConfigError, DataConfig, OptimConfig, Recipe
@@ -121,6 +122,11 @@ _ALL = {recipe.name: recipe for recipe in (embedded, embedded_digits, *_real_vid
 def names() -> list[str]:
     """The names of all recipes, embedded ones first."""
     return list(_ALL)
+
+
+def listing() -> str:
+    """The names for a help text, in lines of its width."""
+    return textwrap.fill(f"recipes: {', '.join(names())}", width=100, break_on_hyphens=False)
 
 
 def get(name: str) -> Recipe:

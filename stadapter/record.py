@@ -75,9 +75,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def bad_clips_in_words(result: dict[str, Any]) -> str:
     """What a reader of a record must know about the clips it could not read; empty when there are none."""
-    count = {split: found["clips"] for split, found in result.get("bad_clips", {}).items() if found["clips"]}
-    parts = {
-        "train": f"{count.get('train')} unreadable training clips replaced by their neighbours",
-        "test": f"{count.get('test')} unreadable test clips counted as wrong",
-    }
-    return ", ".join(text for split, text in parts.items() if split in count)
+    fates = {"train": "in training, replaced by neighbours", "test": "in testing, counted as wrong"}
+    bad = result.get("bad_clips", {})
+    counts = [f"{bad[split]['clips']} {fate}" for split, fate in fates.items() if bad.get(split, {}).get("clips")]
+    return f"unreadable clips: {'; '.join(counts)}" if counts else ""

@@ -102,7 +102,7 @@ def test_a_folder_of_bad_files_trains_and_tests_to_the_end_and_reports_each(undi
         assert word in why
     assert undisturbed["metrics"]["bad_clips"] == 5
     assert record.bad_clips_in_words(undisturbed) == (
-        "4 unreadable training clips replaced by their neighbours, 5 unreadable test clips counted as wrong"
+        "unreadable clips: 4 in training, replaced by neighbours; 5 in testing, counted as wrong"
     )
 
 
@@ -152,7 +152,7 @@ def test_two_processes_report_the_bad_clips_of_both(
     assert result is not None
     assert result["bad_clips"]["train"] == undisturbed["bad_clips"]["train"]
     assert result["bad_clips"]["test"]["first"] == undisturbed["bad_clips"]["test"]["first"][:4]  # all but the vanished
-    assert "4 unreadable training clips replaced by their neighbours, 4 unreadable test clips" in done.stdout
+    assert "unreadable clips: 4 in training, replaced by neighbours; 4 in testing, counted as wrong" in done.stdout
 
 
 # --- decoders that do not return

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import os
@@ -16,16 +17,19 @@ import pytest
 import torch
 from videos import decode_all, scene, write_video
 
-from stadapter.config import ConfigError, DataConfig
+from stadapter.config import ConfigError, DataConfig, Recipe, replace
 from stadapter.data import cache as cache_module
-from stadapter.data import decoding
+from stadapter.data import decoding, storage
 from stadapter.data.annotations import ClipList
-from stadapter.data.cache import GB, ClipCache, decode_settings
+from stadapter.data.cache import GB, ClipCache, decode_settings, open_cache
 from stadapter.data.clips import ClipDataset, train_loader
 from stadapter.data.decoding import ClipError, decode
 from stadapter.data.disk_need import DiskNeed, describe, disk_need
+from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.packets import Indices, PathLike
-from stadapter.data.reading import Reading
+from stadapter.data.reading import Reading, read_frames
+from stadapter.data.storage import Spill
+from stadapter.train import Operation, train
 
 FRAMES = 20
 FRAME_BYTES = 48 * 64 * 3
@@ -124,6 +128,17 @@ def test_a_damaged_frame_is_decoded_again(make: Callable[..., ClipCache], video:
     assert decoder.asked == [[6]]
     cache.read(video, [5, 6, 7], decoder)
     assert len(decoder.asked) == 1
+
+
+def test_a_cached_clip_at_an_address_is_not_fetched_again(
+    make: Callable[..., ClipCache], video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"local://{video}"
+    reading = Reading(cache=make(), spill=Spill(tmp_path / "spill", GB))
+    first = read_frames(address, lambda total: [1, 5], reading)
+    monkeypatch.setattr(storage, "local_copy", None)  # calling it would be an error
+    np.testing.assert_array_equal(read_frames(address, lambda total: [5, 1], reading), first[::-1])
+    np.testing.assert_array_equal(first, decode_all(video)[[1, 5]])
 
 
 @pytest.mark.parametrize("content", [b"", b"stacl", bytes(5000)])
@@ -330,6 +345,28 @@ def test_a_need_above_the_limit_is_told(tmp_path: Path) -> None:
     assert "all frames 80 GB" in text
     assert "room for 25 % of them" in text
     assert "room" not in describe(DiskNeed(GB, GB), 5, 1, tmp_path)
+
+
+def test_the_second_trial_of_a_sweep_decodes_nothing(
+    tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STADAPTER_CACHE", str(tmp_path))
+    open_cache.cache_clear()
+    recipe = replace(tiny_recipe, **{"optim.epochs": 1})
+    plain = train(recipe, tmp_path / "plain", Operation(clip_folder))
+    first = train(recipe, tmp_path / "first", Operation(clip_folder, cache_gb=1))
+    monkeypatch.setattr(decoding, "_decode_pyav", None)  # calling it would be an error
+    again = train(recipe, tmp_path / "again", Operation(clip_folder, cache_gb=1))
+    train(replace(recipe, **{"adapter.kernel_size": (1, 1, 1)}), tmp_path / "other", Operation(clip_folder, cache_gb=1))
+    open_cache.cache_clear()
+    assert plain["metrics"] == first["metrics"] == again["metrics"]
+
+
+def test_a_negative_size_is_a_config_error() -> None:
+    parser = argparse.ArgumentParser()
+    add_reading_flags(parser)
+    with pytest.raises(ConfigError, match=r"--cache-gb -1: must be at least 0"):
+        reading_flags(parser.parse_args(["--cache-gb", "-1"]))
 
 
 def test_the_module_counts_what_is_on_the_disk(make: Callable[..., ClipCache], video: Path) -> None:

@@ -12,8 +12,9 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from videos import write_grey
 
+from stadapter.ablation import sweep
 from stadapter.ablation.cluster_decoding import decode_on_cluster
-from stadapter.config import DataConfig, Recipe
+from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data.annotations import ClipList
 from stadapter.data.clips import ClipDataset, test_loader, train_loader
 from stadapter.data.decoding import ClipError
@@ -96,6 +97,17 @@ def test_an_error_arrives_with_its_own_type(clips: ClipList, other_node: str, tm
 def test_an_empty_share_has_no_batches(clips: ClipList, other_node: str) -> None:
     dataset = ClipDataset(clips, CONFIG, 0, train=False)
     assert list(test_loader(dataset, 2, rank=COUNT, world=COUNT + 1, elsewhere=decode_on_cluster)) == []
+
+
+def test_trials_leave_a_cpu_to_decode_on(other_node: str) -> None:
+    assert sweep.Cluster(sweep.Resources()).trials_at_once() == 2
+    assert sweep.Cluster(sweep.Resources(decode_on_cluster=True)).trials_at_once() == 1
+
+
+def test_a_trial_that_leaves_no_cpu_is_a_config_error(other_node: str) -> None:
+    cluster = sweep.Cluster(sweep.Resources(cpus_per_process=2, decode_on_cluster=True))
+    with pytest.raises(ConfigError, match=r"--decode-on-cluster: a trial takes 2 of the 2 CPUs"):
+        cluster._check_capacity()
 
 
 def test_a_training_gives_the_same_numbers(

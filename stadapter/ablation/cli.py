@@ -65,7 +65,7 @@ def main(
 def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc.strip(),
-        epilog=f"recipes: {', '.join(recipes.names())}\n\nfields for --set:\n{_field_help()}\n\n{EXIT_CODES}",
+        epilog=f"{recipes.listing()}\n\nfields for --set:\n{_field_help()}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is compared (decides the numbers)")

@@ -81,21 +81,20 @@ def read_frames(path: str, indices: Sampling, reading: Reading, short_side: int 
 
 
 def _read(file: str, indices: Sampling, reading: Reading, short_side: int | None) -> np.ndarray:
-    try:
-        local = storage.local_copy(file, reading.spill or storage.default_spill())
-    except OSError as error:
-        raise ClipError(f"{file}: cannot be read ({error.strerror or error})") from None
-
     def decode_here(path: PathLike, wanted: Indices) -> np.ndarray:
+        try:
+            local = storage.local_copy(os.fspath(path), reading.spill or storage.default_spill())
+        except OSError as error:
+            raise ClipError(f"{file}: cannot be read ({error.strerror or error})") from None
         read = decode_apart if reading.decoder == "decord" else decode
-        return read(path, wanted, backend=reading.decoder, short_side=short_side)
+        try:
+            return read(local, wanted, backend=reading.decoder, short_side=short_side)
+        except ClipError as error:
+            raise ClipError(str(error).replace(local, file)) from None
 
-    try:
-        if reading.in_memory:
-            return _through_memory(local, indices, f"{reading.decoder}/{short_side}", decode_here)
-        return reading.cache.read(local, indices, decode_here) if reading.cache else decode_here(local, indices)
-    except ClipError as error:
-        raise ClipError(str(error).replace(local, file)) from None
+    if reading.in_memory:
+        return _through_memory(file, indices, f"{reading.decoder}/{short_side}", decode_here)
+    return reading.cache.read(file, indices, decode_here) if reading.cache else decode_here(file, indices)
 
 
 def _within(path: str, first: int, end: int, indices: Sampling) -> Sampling:
