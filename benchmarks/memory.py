@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -45,8 +46,8 @@ def write_files(folder: Path) -> list[Path]:
     return paths
 
 
-def resident_mib(opens: int, way: str, paths: list[Path]) -> list[float]:
-    """MiB of this process after each twentieth of the opens."""
+def resident_mib(opens: int, way: str, paths: list[Path], show: Callable[[str], None] = lambda _: None) -> list[float]:
+    """MiB of this process after each twentieth of the opens; `show` is told each."""
     rng = np.random.default_rng(1)
     cache = ClipCache(paths[0].parent, GB, decode_settings("auto", None), paths[0].parent / "cache")
     found = []
@@ -62,6 +63,7 @@ def resident_mib(opens: int, way: str, paths: list[Path]) -> list[float]:
         if number % max(1, opens // _SAMPLES) == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             found.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            show(f" {found[-1]:.1f}")
     return found
 
 
@@ -87,10 +89,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{options.decoder}: left out ({error})")
             return 0
     with tempfile.TemporaryDirectory() as scratch:
-        resident = resident_mib(options.opens, options.decoder, write_files(Path(scratch)))
-    shown = " ".join(f"{mib:.0f}" for mib in resident)
-    print(f"{datetime.date.today()} {options.decoder}: {options.opens:,} opens, resident MiB after each 5 %: {shown}")
-    print(f"  grows by {growth_mib(resident):+.1f} MiB from 10 % on", flush=True)
+        print(
+            f"{datetime.date.today()} {options.decoder}: {options.opens:,} opens, MiB after each 5 %:",
+            end="",
+            flush=True,
+        )
+        paths = write_files(Path(scratch))
+        resident = resident_mib(options.opens, options.decoder, paths, lambda text: print(text, end="", flush=True))
+    print(f"\n  grows by {growth_mib(resident):+.1f} MiB from 10 % on", flush=True)
     return 0
 
 
