@@ -69,6 +69,7 @@ def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> 
         "data.frame_size": 48,
         "data.sampling": "uniform", "data.frame_stride": 3, "data.short_side_jitter": (1.0, 1.1),
         "data.random_resized_crop": (0.5, 1.0), "data.horizontal_flip": True, "data.rand_augment": "rand-m7-n4",
+        "data.fixed_frames": True, "data.decoded_short_side": 64,
         "data.resize": "exact", "data.random_erasing": 0.25, "data.repeated_augmentation": 2,
         "data.test_temporal_views": 2, "data.test_spatial_views": 3, "backbone.name": "timm/vit_tiny_patch16_224",
         "backbone.weights": "seed:1", "optim.epochs": 3, "optim.global_batch": 2, "optim.base_lr": 0.1,
