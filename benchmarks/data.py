@@ -10,6 +10,7 @@ reference that picks frames before it converts and resizes them; see plain.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -124,10 +125,10 @@ def _cpu_s() -> float:
     """CPU seconds of this process and of the processes it has started: decord has one of its own."""
     total = time.process_time()
     for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            total += (
-                sum(int(file.read_text().split()[0]) for file in Path("/proc", child).glob("task/*/schedstat")) / 1e9
-            )
+        with contextlib.suppress(OSError):  # threads and children end while they are looked at
+            for child in (task / "children").read_text().split():
+                threads = Path("/proc", child).glob("task/*/schedstat")
+                total += sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
     return total
 
 

@@ -63,13 +63,13 @@ def test_a_test_clip_needs_far_less_memory_than_the_plain_way(clip: Path) -> Non
     assert peak_mib(ours, clip) < 143
 
 
-@pytest.mark.parametrize("way", memory.WAYS)
-def test_many_random_opens_hold_memory_flat(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("way", "opens"), [("pyav", 1500), ("cache", 1500), ("decord", 500), ("torchcodec", 500)])
+def test_many_random_opens_hold_memory_flat(way: str, opens: int, tmp_path: Path) -> None:
     if way != "cache":
         try:
             check_backend(way)
         except ConfigError as error:
             pytest.skip(str(error))
-    resident = memory.resident_mib(1500, way, memory.write_files(tmp_path))
-    # A frame kept by mistake is at least 9 KiB, four frames per open more than 50 MiB.
-    assert memory.growth_mib(resident) < 12
+    resident = memory.resident_mib(opens, way, memory.write_files(tmp_path))
+    # A frame kept by mistake has at least 9 KiB: four per open would be 16 MiB and more.
+    assert memory.growth_mib(resident) < 8
