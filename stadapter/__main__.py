@@ -10,6 +10,9 @@ from typing import Any
 
 from stadapter import config, recipes
 from stadapter.config import ConfigError, Recipe
+from stadapter.data.flags import add_reading_flags, reading_flags
+from stadapter.data.storage import data_root
+from stadapter.record import bad_clips_in_words
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Train and test one recipe, in this process, or in several under torchrun:\n\n"
         "  torchrun --nproc-per-node 8 -m stadapter train --recipe ssv2_clip_b16 \\\n"
         "      --data-root /data/ssv2 --output runs/ssv2",
-        epilog="recipes: " + ", ".join(recipes.names()),
+        epilog=recipes.listing(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("--recipe", default="embedded", metavar="NAME", help="which training (default: %(default)s)")
@@ -44,8 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", type=Path, required=True, metavar="FOLDER", help="the run folder; an unfinished run in it goes on"
     )
     train.add_argument(
-        "--data-root", type=Path, metavar="FOLDER", help="where the data set lies; the embedded one needs none"
-    )
+        "--data-root", type=data_root, metavar="FOLDER",
+        help="where the data set lies, or its address (s3://...); the embedded one needs none",
+    )  # fmt: skip
     train.add_argument(
         "--weights", type=Path, metavar="FILE", help="backbone weights from this file instead of the hub"
     )
@@ -55,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument(
         "--clips-per-pass", type=int, metavar="N", help="clips in one pass of a process; more are accumulated"
     )
+    add_reading_flags(train)
     options = parser.parse_args(arguments)
     try:
         fields = dict(config.parse_override(text) for text in options.overrides)
@@ -68,10 +73,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(recipe: Recipe, options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
+    from stadapter.data.bad_clips import BadClipsError
     from stadapter.train import Operation, TrainingError, join_world, train
 
     world = join_world()
-    operation = Operation(options.data_root, options.weights, options.num_workers, options.clips_per_pass)
+    operation = Operation(
+        options.data_root,
+        options.weights,
+        options.num_workers,
+        options.clips_per_pass,
+        **reading_flags(options),
+    )
     live = sys.stderr.isatty()
 
     def on_step(at: dict[str, Any]) -> None:
@@ -87,7 +99,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
 
     try:
         result = train(recipe, options.output, operation, world, on_epoch, on_step)
-    except TrainingError as error:
+    except (TrainingError, BadClipsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -95,6 +107,8 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
             dist.destroy_process_group()
     if world.rank == 0:
         print("  ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items()) + f"  -> {options.output}")
+        if bad := bad_clips_in_words(result):
+            print(f"{bad}; see bad_clips in {options.output}/result.json")
     return 0
 
 

@@ -22,6 +22,7 @@ Placement = Literal["before_mhsa", "after_mhsa", "both"]
 Activation = Literal["none", "gelu"]
 Strategy = Literal["st_adapter", "linear_probe", "full"]
 Sampling = Literal["uniform", "dense"]
+Resize = Literal["fast", "exact"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -34,17 +35,38 @@ class DataConfig:
     """Which clips, and how frames become pixels (paper, section 4.1 and supplement; authors' training commands)."""
 
     dataset: str
-    num_classes: int
+    num_classes: int  # logits; with label_groups, of both heads together
+    label_groups: tuple[int, int] | None = None  # verb and noun classes: two labels per clip, a head for each
     num_frames: int = 8
     frame_size: int = 224
     sampling: Sampling = "uniform"
     frame_stride: int = 16  # frames between two sampled ones; dense sampling only
+    fixed_frames: bool = False  # training looks at the frames that testing looks at, every epoch: little to cache
+    decoded_short_side: int | None = None  # larger frames are reduced to it while they are decoded, before any crop
+    resize: Resize = "fast"  # exact: in float32, as the authors'; fast: in uint8, rounded and clamped to 0 ... 255
     short_side_jitter: tuple[float, float] | None = None  # of frame_size, then a random crop
     random_resized_crop: tuple[float, float] | None = None  # share of the frame's area
     horizontal_flip: bool = False
     rand_augment: str | None = None  # a timm string, e.g. "rand-m7-n4-mstd0.5-inc1"
+    random_erasing: float = 0.0  # probability that a clip loses a box, the same in all its frames
+    repeated_augmentation: int = 1  # views of a clip in one global batch; an epoch then has as many times the steps
     test_temporal_views: int = 1
     test_spatial_views: int = 1
+
+    def __post_init__(self) -> None:
+        if self.label_groups is not None and sum(self.label_groups) != self.num_classes:
+            raise ConfigError(
+                f"data.label_groups = {self.label_groups}: must add up to data.num_classes = {self.num_classes}"
+            )
+        if self.decoded_short_side is not None and self.decoded_short_side < self.frame_size:
+            raise ConfigError(
+                f"data.decoded_short_side = {self.decoded_short_side}: is below data.frame_size = {self.frame_size}; "
+                "frames would be reduced only to be enlarged again"
+            )
+        if not 0 <= self.random_erasing <= 1:
+            raise ConfigError(f"data.random_erasing = {self.random_erasing}: a probability, in [0, 1]")
+        if self.repeated_augmentation < 1:
+            raise ConfigError(f"data.repeated_augmentation = {self.repeated_augmentation}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,13 @@ class Recipe:
     strategy: Strategy = "st_adapter"
     train_final_norm: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optim.global_batch % self.data.repeated_augmentation:
+            raise ConfigError(
+                f"data.repeated_augmentation = {self.data.repeated_augmentation}: must divide "
+                f"optim.global_batch = {self.optim.global_batch}"
+            )
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:

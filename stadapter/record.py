@@ -71,3 +71,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def bad_clips_in_words(result: dict[str, Any]) -> str:
+    """What a reader of a record must know about the clips it could not read; empty when there are none."""
+    fates = {"train": "in training, replaced by neighbours", "test": "in testing, counted as wrong"}
+    bad = result.get("bad_clips", {})
+    counts = [f"{bad[split]['clips']} {fate}" for split, fate in fates.items() if bad.get(split, {}).get("clips")]
+    return f"unreadable clips: {'; '.join(counts)}" if counts else ""

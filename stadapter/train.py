@@ -36,7 +36,13 @@ from stadapter import machine, record
 from stadapter.config import DataConfig, OptimConfig, Recipe, derive_seed, flatten, identity
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList, load_clips
-from stadapter.data.clips import ClipDataset, steps_per_epoch, test_loader, train_loader
+from stadapter.data.bad_clips import BadClips
+from stadapter.data.cache import open_cache
+from stadapter.data.clips import ClipDataset, Elsewhere, steps_per_epoch, test_loader, train_loader
+from stadapter.data.decoding import Backend
+from stadapter.data.flags import DEFAULT_MAX_BAD_SHARE, DEFAULT_TIME_LIMIT_S
+from stadapter.data.reading import Reading
+from stadapter.data.storage import DEFAULT_SPILL_GB, default_spill
 from stadapter.evaluate import evaluate
 from stadapter.model import (
     VideoClassifier,
@@ -68,12 +74,16 @@ class World:
 class Operation:
     """Where and how a training runs: nothing here may change its numbers."""
 
-    data_root: Path | None = None
+    data_root: str | Path | None = None  # a folder or an address
     weights_file: Path | None = None
     num_workers: int = 0  # loader processes per training process; 0 decodes in the loop
-    clips_per_pass: int | None = (
-        None  # upper bound per process, for memory; None: the process's share of the global batch
-    )
+    clips_per_pass: int | None = None  # upper bound per process, for memory; None: its share of the global batch
+    max_bad_share: float = DEFAULT_MAX_BAD_SHARE  # of a list's clips; above it, unreadable clips stop the training
+    clip_time_limit_s: float = DEFAULT_TIME_LIMIT_S  # after which reading a clip is given up
+    spill_gb: float = DEFAULT_SPILL_GB  # local copies of clips that lie at addresses
+    decoder: Backend = "auto"
+    cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
+    elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
 
 
 def join_world() -> World:
@@ -157,20 +167,22 @@ def train(
 
     optim, data = recipe.optim, recipe.data
     clips = {split: load_clips(data, operation.data_root, split) for split in ("train", "val", "test")}
-    epoch_steps = steps_per_epoch(len(clips["train"]), optim.global_batch)
+    epoch_steps = steps_per_epoch(len(clips["train"]), optim.global_batch, data.repeated_augmentation)
     if world.rank == 0:
         record.prepare_folder(folder, recipe)
     learner = _make_learner(recipe, operation, world)
-    first_epoch, seconds_before = _resume(folder, learner)
+    bad = {split: BadClips(split, len(clips[split]), operation.max_bad_share) for split in ("train", "test")}
+    first_epoch, seconds_before = _resume(folder, learner, bad["train"])
     steps = _load_steps(
-        clips["train"], learner, operation, range(first_epoch * epoch_steps, optim.epochs * epoch_steps)
+        clips["train"], bad["train"], learner, operation, range(first_epoch * epoch_steps, optim.epochs * epoch_steps)
     )
 
-    bad_clips = 0
     for epoch in range(first_epoch, optim.epochs):
         epoch_metrics = _train_epoch(learner, itertools.islice(steps, epoch_steps), epoch, epoch_steps, on_step)
-        bad_clips += epoch_metrics.pop("bad_clips")
-        validation = _test(learner, clips["val"], operation, all_views=False)
+        if world.size > 1:
+            bad["train"].gather()
+        of_val = BadClips("val", len(clips["val"]), operation.max_bad_share)
+        validation = _test(learner, clips["val"], of_val, operation, all_views=False)
         metrics = {
             **epoch_metrics,
             **{f"val_{name}": value for name, value in validation.items()},
@@ -179,11 +191,11 @@ def train(
         }
         if world.rank == 0:
             _append_metrics(folder, metrics)
-            _save_checkpoint(folder, learner, epoch + 1, metrics["seconds"])
+            _save_checkpoint(folder, learner, bad["train"], epoch + 1, metrics["seconds"])
         if on_epoch is not None:
             on_epoch(metrics)
 
-    tested = _test(learner, clips["test"], operation, all_views=True)
+    tested = _test(learner, clips["test"], bad["test"], operation, all_views=True)
     cost = cost_of(recipe)
     result = {
         "trial_id": identity(recipe),
@@ -199,12 +211,12 @@ def train(
         "processes": world.size,
         "threads": torch.get_num_threads(),
         "precision": optim.precision,
-        "bad_train_clips": bad_clips,
+        "bad_clips": {split: found.summary() for split, found in bad.items()},
         "data": {
             split: {"fingerprint": clips[split].fingerprint(), "clips": len(clips[split])}
             for split in ("train", "test")
         }
-        | {"decoder": "pyav"},
+        | {"decoder": "pyav" if operation.decoder == "auto" else operation.decoder},
         "started": started,
         "finished": time.time(),
         **machine.provenance(),
@@ -235,17 +247,24 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> _Learne
 def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool) -> ClipDataset:
     # The whole embedded world fits in memory, and the next trial in this process finds it there.
     in_memory = data.dataset.startswith("embedded_") and operation.num_workers == 0
-    return ClipDataset(clips, data, seed, train=train, memory_cache=in_memory)
+    reading = Reading(
+        decoder=operation.decoder,
+        time_limit_s=operation.clip_time_limit_s,
+        in_memory=in_memory,
+        spill=default_spill(operation.spill_gb),
+        cache=open_cache(clips.root, operation.cache_gb, operation.decoder, data.decoded_short_side),
+    )
+    return ClipDataset(clips, data, seed, train=train, reading=reading)
 
 
 def _load_steps(
-    clips: ClipList, learner: _Learner, operation: Operation, steps: range
-) -> Iterator[list[dict[str, Tensor]]]:
+    clips: ClipList, bad: BadClips, learner: _Learner, operation: Operation, steps: range
+) -> Iterator[list[dict[str, Any]]]:
     """This process's share of each global batch, as the list of passes that fit its memory."""
     recipe, world = learner.recipe, learner.world
     share = recipe.optim.global_batch // world.size
     clips_per_pass = min(operation.clips_per_pass or share, share)
-    batches = iter(
+    batches = bad.watch(
         train_loader(
             _dataset(clips, recipe.data, recipe.seed, operation, train=True),
             recipe.optim.global_batch,
@@ -255,6 +274,7 @@ def _load_steps(
             micro_batch=clips_per_pass,
             num_workers=operation.num_workers,
             pin_memory=world.device.type == "cuda",
+            elsewhere=operation.elsewhere,
         )
     )
     passes = math.ceil(share / clips_per_pass)
@@ -263,13 +283,13 @@ def _load_steps(
 
 
 def _train_epoch(
-    learner: _Learner, steps: Iterable[list[dict[str, Tensor]]], epoch: int, epoch_steps: int, on_step: Report | None
+    learner: _Learner, steps: Iterable[list[dict[str, Any]]], epoch: int, epoch_steps: int, on_step: Report | None
 ) -> dict[str, Any]:
     """One pass over the training clips; the epoch's metrics, equal in every process."""
     optim, world = learner.recipe.optim, learner.world
     total_steps, warmup_steps = optim.epochs * epoch_steps, round(optim.warmup_epochs * epoch_steps)
     learner.model.train()
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, bad clips
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     started = time.time()
     rate = 0.0
     for done, passes in enumerate(steps, start=1):
@@ -278,8 +298,7 @@ def _train_epoch(
         for group in learner.optimizer.param_groups:
             group["lr"] = rate
         loss = _backward(learner, passes, step)
-        bad = torch.stack([batch["bad"].sum() for batch in passes]).sum().to(world.device)
-        totals += torch.stack([loss.double(), bad])
+        loss_sum += loss.double()
         if not math.isfinite(mean_loss := loss.item() * world.size / optim.global_batch):
             raise TrainingError(
                 f"the loss became {mean_loss} at step {step} (epoch {epoch + 1}, learning rate {rate:.2g}); "
@@ -298,19 +317,18 @@ def _train_epoch(
             on_step({"epoch": epoch + 1, "loss": mean_loss, "clips_per_s": clips_per_s, "left_s": left_s})
     seconds = time.time() - started
     if world.size > 1:
-        dist.all_reduce(totals)
+        dist.all_reduce(loss_sum)
     clips = epoch_steps * optim.global_batch
     return {
         "epoch": epoch + 1,
         "step": (epoch + 1) * epoch_steps,
-        "train_loss": totals[0].item() / clips,
+        "train_loss": loss_sum.item() / clips,
         "lr": rate,
         "clips_per_s": clips / seconds,
-        "bad_clips": int(totals[1].item()),
     }
 
 
-def _backward(learner: _Learner, passes: list[dict[str, Tensor]], step: int) -> Tensor:
+def _backward(learner: _Learner, passes: list[dict[str, Any]], step: int) -> Tensor:
     """Gradients of the mean loss of the global batch; returns the sum of this process's losses, float32 []."""
     recipe, world = learner.recipe, learner.world
     optim, dtype = recipe.optim, PRECISIONS[recipe.optim.precision]
@@ -328,14 +346,24 @@ def _backward(learner: _Learner, passes: list[dict[str, Tensor]], step: int) -> 
         with replica.no_sync() if accumulate_only else nullcontext():  # type: ignore[operator]  # checked just above
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 logits_BK = replica(pixels_BTCHW, mask_BD)
-            loss = F.cross_entropy(logits_BK.float(), label_B, label_smoothing=optim.label_smoothing, reduction="sum")
+            loss = summed_loss(logits_BK.float(), label_B, recipe.data.label_groups, optim.label_smoothing)
             # DistributedDataParallel averages over processes: the factor makes it the mean over the global batch.
             learner.scaler.scale(loss * (world.size / optim.global_batch)).backward()
         loss_sum += loss.detach()
     return loss_sum
 
 
-def _test(learner: _Learner, clips: ClipList, operation: Operation, *, all_views: bool) -> dict[str, float]:
+def summed_loss(logits_BK: Tensor, label_B: Tensor, groups: tuple[int, int] | None, smoothing: float) -> Tensor:
+    """Cross-entropy summed over clips, []; with `groups`, labels are [B, 2] and each group of classes has a loss."""
+    if groups is None:
+        return F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing, reduction="sum")
+    heads = zip(logits_BK.split(groups, dim=1), label_B.unbind(1), strict=True)
+    return torch.stack([summed_loss(logits, label, None, smoothing) for logits, label in heads]).sum()
+
+
+def _test(
+    learner: _Learner, clips: ClipList, bad: BadClips, operation: Operation, *, all_views: bool
+) -> dict[str, float]:
     recipe, world = learner.recipe, learner.world
     data = recipe.data
     if not all_views:
@@ -349,15 +377,20 @@ def _test(learner: _Learner, clips: ClipList, operation: Operation, *, all_views
         rank=world.rank,
         world=world.size,
         num_workers=operation.num_workers,
+        elsewhere=operation.elsewhere,
     )
-    return evaluate(
+    result = evaluate(
         learner.model,
-        batches,
+        bad.watch(batches),
         world.device,
         PRECISIONS[recipe.optim.precision],
         opposite_pairs=any(clips.reversed),
+        label_groups=data.label_groups,
         distributed=world.size > 1,
     )
+    if world.size > 1:
+        bad.gather()
+    return result
 
 
 def _append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
@@ -367,7 +400,7 @@ def _append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     record.write_atomically(folder / record.METRICS, text.encode())
 
 
-def _save_checkpoint(folder: Path, learner: _Learner, epochs_done: int, seconds: float) -> None:
+def _save_checkpoint(folder: Path, learner: _Learner, bad: BadClips, epochs_done: int, seconds: float) -> None:
     buffer = io.BytesIO()
     checkpoint = {
         "epochs_done": epochs_done,
@@ -375,13 +408,14 @@ def _save_checkpoint(folder: Path, learner: _Learner, epochs_done: int, seconds:
         "trained": trainable_state(learner.model),
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
+        "bad_clips": bad.reasons,
     }
     torch.save(checkpoint, buffer)
     record.write_atomically(folder / record.CHECKPOINT, buffer.getvalue())
 
 
-def _resume(folder: Path, learner: _Learner) -> tuple[int, float]:
-    """Load the last checkpoint, if any; returns the epochs done and the seconds they took."""
+def _resume(folder: Path, learner: _Learner, bad: BadClips) -> tuple[int, float]:
+    """Load the last checkpoint, if any, and the bad clips met so far; returns the epochs done and their seconds."""
     path = folder / record.CHECKPOINT
     if not path.exists():
         return 0, 0.0
@@ -389,4 +423,5 @@ def _resume(folder: Path, learner: _Learner) -> tuple[int, float]:
     load_trainable_state(learner.model, checkpoint["trained"])
     learner.optimizer.load_state_dict(checkpoint["optimizer"])
     learner.scaler.load_state_dict(checkpoint["scaler"])
+    bad.reasons.update(checkpoint["bad_clips"])
     return checkpoint["epochs_done"], checkpoint["seconds"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data import embedded
 from stadapter.data.annotations import ClipList, Split, load_clips
+from stadapter.data.cliplist import split_segment
 
 TEMPLATES = ["Holding [something] next to [something]", "Approaching [something]", "Closing [something]"]
 
@@ -225,22 +227,22 @@ def test_a_folder_without_clips_is_a_config_error(tmp_path: Path) -> None:
 # --- what holds for all
 
 
-@pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "folder"])
+@pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "epic_kitchens100", "folder"])
 def test_an_unset_data_root_says_what_must_be_there(dataset: str) -> None:
     with pytest.raises(ConfigError, match=r"--data-root is not set: .* needs a folder with .*train"):
         load_clips(config(dataset), None, "train")
 
 
-@pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "folder"])
+@pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "epic_kitchens100", "folder"])
 def test_a_missing_data_root_says_what_must_be_there(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(ConfigError, match=r"nowhere: there is no such folder; it must hold .*train"):
         load_clips(config(dataset), tmp_path / "nowhere", "train")
 
 
-@pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "folder"])
+@pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "epic_kitchens100", "folder"])
 def test_an_empty_data_root_names_what_is_missing(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(ConfigError, match=r"is missing"):
-        load_clips(config(dataset), tmp_path, "train")
+        load_clips(EPIC if dataset == "epic_kitchens100" else config(dataset), tmp_path, "train")
 
 
 def test_an_unknown_data_set_is_a_config_error(tmp_path: Path) -> None:
@@ -277,3 +279,127 @@ def test_the_fingerprint_follows_ids_labels_directions_and_order_but_not_the_roo
     assert clips.fingerprint() == same.fingerprint()
     assert len({clips.fingerprint(), *(other.fingerprint() for other in others)}) == 5
     assert len(clips.fingerprint()) == 16
+
+
+# --- EPIC-Kitchens-100
+
+EPIC_HEADER = (
+    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,"
+    "narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n"
+)
+EPIC = DataConfig("epic_kitchens100", 5, label_groups=(2, 3))
+
+
+def epic(root: Path, *videos: str) -> Path:
+    rows = ["P01_01_0,P01,P01_01,00:00:01.08,00:00:00.14,00:00:03.37,8,202,open door,open,1,door,2,['door'],[2]\n"]
+    rows.append("P01_01_1,P01,P01_01,00:00:04.2,00:00:04.37,00:00:06.17,262,370,take cup,take,0,cup,1,['cup'],[1]\n")
+    for split in ("train", "validation"):
+        (root / f"EPIC_100_{split}.csv").write_text(EPIC_HEADER + "".join(rows))
+    touch(root, *videos)
+    return root
+
+
+def test_epic_clips_cut_before_have_a_verb_and_a_noun(tmp_path: Path) -> None:
+    clips = load_clips(EPIC, epic(tmp_path, "videos/P01_01_0.mp4"), "train")
+    assert clips.paths == ["videos/P01_01_0.mp4", "videos/P01_01_1.mp4"]
+    assert clips.labels == [(1, 2), (0, 1)]
+
+
+def test_epic_segments_of_long_videos_count_frames_from_0(tmp_path: Path) -> None:
+    clips = load_clips(EPIC, epic(tmp_path, "P01/videos/P01_01.MP4"), "val")
+    assert [split_segment(path) for path in clips.paths] == [
+        ("P01/videos/P01_01.MP4", (7, 202)),
+        ("P01/videos/P01_01.MP4", (261, 370)),
+    ]
+
+
+def test_an_epic_class_out_of_its_group_names_the_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"EPIC_100_train.csv:2: label 2 is outside 0 ... 1"):
+        load_clips(DataConfig("epic_kitchens100", 5, label_groups=(3, 2)), epic(tmp_path), "train")
+
+
+def test_a_malformed_epic_frame_names_the_line(tmp_path: Path) -> None:
+    path = epic(tmp_path) / "EPIC_100_train.csv"
+    path.write_text(path.read_text().replace(",262,", ",soon,"))
+    with pytest.raises(ConfigError, match=r"EPIC_100_train.csv:3: start_frame, stop_frame"):
+        load_clips(EPIC, tmp_path, "train")
+
+
+def test_epic_without_label_groups_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.label_groups is none"):
+        load_clips(config("epic_kitchens100"), epic(tmp_path), "train")
+
+
+def test_a_list_with_verb_and_noun_wins_over_the_published_file(tmp_path: Path) -> None:
+    (epic(tmp_path, "a b.mp4") / "train.txt").write_text("a b.mp4 1 2\n")
+    clips = load_clips(EPIC, tmp_path, "train")
+    assert (clips.paths, clips.labels) == (["a b.mp4"], [(1, 2)])
+
+
+# --- CSV with header
+
+
+def listed(root: Path, train: str, val: str = "path,label\n") -> Path:
+    touch(root, "a.mp4", "räum te/b.mp4")
+    (root / "train.csv").write_text(train, encoding="utf-8")
+    (root / "val.csv").write_text(val, encoding="utf-8")
+    return root
+
+
+def test_a_csv_with_numbers_is_read_by_its_header(tmp_path: Path) -> None:
+    clips = load_clips(config("list"), listed(tmp_path, "label,path,note\n2,a.mp4,x\n0,räum te/b.mp4,y\n"), "train")
+    assert (clips.paths, clips.labels) == (["a.mp4", "räum te/b.mp4"], [2, 0])
+
+
+def test_a_csv_with_names_numbers_them_over_the_training_list(tmp_path: Path) -> None:
+    root = listed(tmp_path, "path,label\na.mp4,zumba\nräum te/b.mp4,boxing\n", "path,label\na.mp4,zumba\n")
+    clips = load_clips(config("list"), root, "val")
+    assert (clips.labels, clips.class_names) == ([1], ("boxing", "zumba"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,class\na.mp4,1\n", r"train.csv:1: the header has no column 'label'"),
+        ("path,label\na.mp4,0\na.mp4,7\n", r"train.csv:3: label 7 is outside 0 ... 2"),
+        ("path,label\na.mp4\n", r"train.csv:2: must have a path and a label"),
+    ],
+)
+def test_a_malformed_csv_names_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_clips(config("list"), listed(tmp_path, text), "train")
+
+
+def test_a_list_that_is_not_utf8_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_bytes("räum.mp4 0\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"train.txt: is not text in UTF-8"):
+        load_clips(config("list"), tmp_path, "train")
+
+
+# --- remote roots
+
+
+def test_a_data_set_at_an_address_is_read_as_a_local_one(tmp_path: Path) -> None:
+    local = load_clips(config("ssv2"), ssv2(tmp_path), "train")
+    remote = load_clips(config("ssv2"), f"local://{tmp_path}", "train")
+    assert (remote.paths, remote.labels, remote.fingerprint()) == (local.paths, local.labels, local.fingerprint())
+
+
+def test_class_folders_at_an_address_are_read_as_local_ones(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.mp4", "train/b/2.mp4", "train/c/3.mp4", "val/b/4.mp4")
+    local, remote = (load_clips(config("folder"), root, "val") for root in (tmp_path, f"file://{tmp_path}"))
+    assert (remote.paths, remote.labels) == (local.paths, local.labels) == (["val/b/4.mp4"], [1])
+
+
+def test_an_address_of_an_unknown_kind_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere://bucket/ssv2: cannot be read"):
+        load_clips(config("ssv2"), "nowhere://bucket/ssv2", "train")
+
+
+def test_a_million_clips_load_in_seconds_by_a_tenth(tmp_path: Path) -> None:
+    touch(tmp_path, "videos/class/000000.mp4")
+    (tmp_path / "train.txt").write_text("".join(f"videos/class/{i:06d}.mp4 {i % 400}\n" for i in range(100_000)))
+    started = time.process_time()
+    clips = load_clips(config("list", 400), tmp_path, "train")
+    assert len(clips) == 100_000
+    assert time.process_time() - started < 2  # a loaded machine; a quarter of a second is usual

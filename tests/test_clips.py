@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from videos import write_grey
 
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data import clips as clips_module
+from stadapter.data import reading as reading_module
 from stadapter.data.annotations import ClipList
 from stadapter.data.clips import ClipDataset, GlobalBatches, epoch_order, steps_per_epoch, train_loader
 from stadapter.data.decoding import ClipError
+from stadapter.data.reading import Reading
 
 COUNT, GLOBAL, SEED = 11, 4, 5
 STEP = 16  # of grey from one frame to the next
@@ -195,7 +198,7 @@ def test_bad_clips_are_flagged_through_loader_workers(damaged: ClipList) -> None
 
 def test_a_clip_that_reads_at_the_second_attempt_is_good(clips: ClipList, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [ClipError("storage hiccup")]
-    decode = clips_module.decode
+    decode = reading_module.decode
 
     def flaky(*args: object, **options: object) -> object:
         if failures:
@@ -203,7 +206,7 @@ def test_a_clip_that_reads_at_the_second_attempt_is_good(clips: ClipList, monkey
         return decode(*args, **options)  # type: ignore[arg-type]
 
     expected = ClipDataset(clips, CONFIG, SEED, train=True)[0, 0]
-    monkeypatch.setattr(clips_module, "decode", flaky)
+    monkeypatch.setattr(reading_module, "decode", flaky)
     item = ClipDataset(clips, CONFIG, SEED, train=True)[0, 0]
     assert torch.equal(item["pixels"], expected["pixels"])
     assert not item["bad"]
@@ -216,7 +219,7 @@ def test_a_list_of_bad_clips_only_is_a_clip_error(clips: ClipList, tmp_path: Pat
 
 @pytest.mark.parametrize("train", [True, False])
 def test_the_memory_cache_changes_no_pixel(clips: ClipList, train: bool) -> None:
-    plain, cached = (ClipDataset(clips, CONFIG, SEED, train, memory_cache=on) for on in (False, True))
+    plain, cached = (ClipDataset(clips, CONFIG, SEED, train, Reading(in_memory=on)) for on in (False, True))
     for epoch in range(2):
         for index in range(COUNT):
             key = (epoch, index) if train else index
@@ -224,19 +227,21 @@ def test_the_memory_cache_changes_no_pixel(clips: ClipList, train: bool) -> None
 
 
 def test_the_memory_cache_decodes_a_clip_once(clips: ClipList, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips_module, "_MEMORY", {})
-    ClipDataset(clips, CONFIG, 0, train=True, memory_cache=True)[0, 0]
-    monkeypatch.setattr(clips_module, "decode", None)
-    ClipDataset(clips, CONFIG, 1, train=False, memory_cache=True)[0]
+    monkeypatch.setattr(reading_module, "_MEMORY", {})
+    ClipDataset(clips, CONFIG, 0, train=True, reading=Reading(in_memory=True))[0, 0]
+    monkeypatch.setattr(reading_module, "decode", None)
+    ClipDataset(clips, CONFIG, 1, train=False, reading=Reading(in_memory=True))[0]
 
 
 def test_the_memory_cache_leaves_long_clips_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips_module, "_MEMORY", {})
+    monkeypatch.setattr(reading_module, "_MEMORY", {})
     write_grey(tmp_path / "long.mp4", num_frames=70, step=1)
     clips = ClipList("folder", "train", str(tmp_path), ["long.mp4"], [0], [False], ("a",))
-    plain, cached = (ClipDataset(clips, CONFIG, SEED, train=True, memory_cache=on) for on in (False, True))
+    plain, cached = (
+        ClipDataset(clips, CONFIG, SEED, train=True, reading=Reading(in_memory=on)) for on in (False, True)
+    )
     assert torch.equal(plain[0, 0]["pixels"], cached[0, 0]["pixels"])
-    assert not clips_module._MEMORY
+    assert not reading_module._MEMORY
 
 
 def test_uniform_sampling_with_many_temporal_views_is_a_config_error(clips: ClipList) -> None:
@@ -250,3 +255,44 @@ def test_paths_survive_packing(clips: ClipList) -> None:
         dataclasses.replace(clips, paths=names, labels=[0, 1, 2], reversed=[False] * 3), CONFIG, 0, True
     )
     assert [packed.path(i) for i in range(3)] == [f"{clips.root}/{name}" for name in names]
+
+
+def test_repeated_augmentation_shows_each_clip_of_a_batch_in_several_views(clips: ClipList) -> None:
+    config = dataclasses.replace(CONFIG, random_resized_crop=(0.3, 1.0), repeated_augmentation=2)
+    once, *_ = train_loader(ClipDataset(clips, CONFIG, SEED, train=True), GLOBAL, steps=range(1))
+    twice, *_ = train_loader(ClipDataset(clips, config, SEED, train=True), GLOBAL, steps=range(1))
+    assert twice["index"].tolist() == [int(index) for index in once["index"][:2] for _ in range(2)]
+    assert twice["position"].tolist() == list(range(GLOBAL))
+    assert not torch.equal(twice["pixels"][0], twice["pixels"][1])
+
+
+def test_repeated_augmentation_shows_every_clip_once_per_view_in_an_epoch() -> None:
+    batches = GlobalBatches(12, GLOBAL, steps=range(12), seed=SEED, repeats=2)
+    keys = [key[:2] for batch in batches for key in batch]
+    assert batches.epoch_steps == 6
+    assert sorted(keys[:24]) == [(showing, index) for showing in (0, 1) for index in range(12)]
+    assert sorted(keys[24:]) == [(showing, index) for showing in (2, 3) for index in range(12)]
+
+
+def test_repeated_augmentation_is_the_same_in_two_processes() -> None:
+    whole = list(GlobalBatches(COUNT, GLOBAL, steps=range(6), seed=SEED, repeats=2))
+    halves = [GlobalBatches(COUNT, GLOBAL, steps=range(6), seed=SEED, rank=r, world=2, repeats=2) for r in (0, 1)]
+    assert [[*a, *b] for a, b in zip(*halves, strict=True)] == whole
+
+
+def test_labels_of_two_heads_travel_together(clips: ClipList) -> None:
+    pairs = dataclasses.replace(clips, labels=[(i, COUNT - i) for i in range(COUNT)])
+    batch = next(iter(clips_module.test_loader(ClipDataset(pairs, CONFIG, SEED, train=False), 3)))
+    assert batch["label"].tolist() == [[0, 11], [1, 10], [2, 9]]
+
+
+def test_exact_resizing_gives_floats_and_zeros_of_the_same_kind_for_a_bad_clip(damaged: ClipList) -> None:
+    dataset = ClipDataset(damaged, dataclasses.replace(CONFIG, resize="exact"), SEED, train=False)
+    assert {dataset[i]["pixels"].dtype for i in (2, 3)} == {torch.float32}
+
+
+def test_loader_workers_share_the_list_instead_of_copying_it(clips: ClipList) -> None:
+    long = dataclasses.replace(
+        clips, paths=[f"{i:040d}.mp4" for i in range(50_000)], labels=[0] * 50_000, reversed=[False] * 50_000
+    )
+    assert len(ForkingPickler.dumps(ClipDataset(long, CONFIG, SEED, train=True))) < 10_000

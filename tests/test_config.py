@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tomllib
 
 import pytest
 
 from stadapter import config, recipes
+from stadapter.ablation.table import PAPER
 from stadapter.config import ConfigError, Recipe
 
 
@@ -25,6 +27,11 @@ def test_a_recipe_survives_the_way_through_json(name: str) -> None:
         ("adapter.bottleneck_width=wide", "cannot be read as int"),
         ("adapter.placement=within", "must be one of before_mhsa, after_mhsa, both"),
         ("adapter.blocks=1,1", "twice"),
+        ("data.label_groups=5,6", "must add up to data.num_classes = 12"),
+        ("data.random_erasing=2", "in [0, 1]"),
+        ("data.repeated_augmentation=0", "at least 1"),
+        ("data.repeated_augmentation=3", "must divide optim.global_batch = 8"),
+        ("data.resize=slow", "must be one of fast, exact"),
         ("optim.epochs=0", "above 0"),
         ("optim.warmup_epochs=4", "below optim.epochs"),
         ("optim.head_dropout=1", "in [0, 1)"),
@@ -58,9 +65,12 @@ def test_an_override_has_the_type_of_its_field(override: str, value: object) -> 
 
 def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> None:
     changed = {
-        "data.dataset": "ssv2", "data.num_classes": 3, "data.num_frames": 2, "data.frame_size": 48,
+        "data.dataset": "ssv2", "data.num_classes": 3, "data.label_groups": (1, 1), "data.num_frames": 2,
+        "data.frame_size": 48,
         "data.sampling": "uniform", "data.frame_stride": 3, "data.short_side_jitter": (1.0, 1.1),
         "data.random_resized_crop": (0.5, 1.0), "data.horizontal_flip": True, "data.rand_augment": "rand-m7-n4",
+        "data.fixed_frames": True, "data.decoded_short_side": 64,
+        "data.resize": "exact", "data.random_erasing": 0.25, "data.repeated_augmentation": 2,
         "data.test_temporal_views": 2, "data.test_spatial_views": 3, "backbone.name": "timm/vit_tiny_patch16_224",
         "backbone.weights": "seed:1", "optim.epochs": 3, "optim.global_batch": 2, "optim.base_lr": 0.1,
         "optim.warmup_epochs": 0.25, "optim.weight_decay": 0.0, "optim.betas": (0.9, 0.99), "optim.clip_norm": None,
@@ -78,9 +88,43 @@ def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> 
 def test_identity_does_not_drift() -> None:
     # Finished trials are found again by it: a change here makes every recorded trial run anew.
     # Raise RESULTS_VERSION for that, on purpose, where numbers change.
-    assert config.identity(recipes.embedded) == "f745a3610b3f"
+    assert config.identity(recipes.embedded) == "52fbd827dc4f"
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match="did you mean ssv2_clip_b16"):
         recipes.get("ssv2_clip_b61")
+
+
+def test_the_published_training_commands_are_followed_exactly() -> None:
+    published = tomllib.loads(PAPER.read_text())["recipe"]
+    for name, recipe in (("ssv2", recipes.ssv2_clip_b16), ("kinetics400", recipes.kinetics400_clip_b16)):
+        command, optim, adapter = published[name], recipe.optim, recipe.adapter
+        count = 12 * (2 if adapter.placement == "both" else 1)
+        assert (adapter.placement, list(adapter.kernel_size)) == (command["placement"], command["kernel"])
+        assert f"{count}x{adapter.bottleneck_width}" == command["adapters"]
+        assert (recipe.data.num_frames, optim.epochs) == (command["frames"], command["epochs"])
+        assert optim.warmup_epochs == command["warmup_epochs"]
+        assert optim.global_batch == command["batch_per_gpu"] * command["gpus"]
+        views = f"{recipe.data.test_temporal_views} temporal x {recipe.data.test_spatial_views} spatial"
+        assert views == command["test_views"]
+        assert (optim.base_lr, optim.weight_decay, optim.head_dropout) == (1e-3, 0.01, 0.5)
+    ssv2, kinetics = recipes.ssv2_clip_b16.data, recipes.kinetics400_clip_b16.data
+    assert (ssv2.sampling, ssv2.rand_augment, ssv2.random_resized_crop, ssv2.horizontal_flip) == (
+        *("uniform", "rand-m7-n4-mstd0.5-inc1", (0.08, 1.0)),
+        False,
+    )
+    assert (kinetics.sampling, kinetics.frame_stride, kinetics.short_side_jitter, kinetics.horizontal_flip) == (
+        *("dense", 16, (1.0, 1.15)),
+        True,
+    )
+
+
+@pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "epic_kitchens100"])
+@pytest.mark.parametrize("backbone", ["clip_b16", "in21k_b16", "clip_l14"])
+def test_every_data_set_and_backbone_has_a_recipe_for_8_16_and_32_frames(dataset: str, backbone: str) -> None:
+    short, *longer = (recipes.get(f"{dataset}_{backbone}{suffix}") for suffix in ("", "_f16", "_f32"))
+    assert [recipe.data.num_frames for recipe in (short, *longer)] == [8, 16, 32]
+    assert {recipe.backbone for recipe in (short, *longer)} == {short.backbone}
+    if short.data.sampling == "dense":
+        assert {r.data.num_frames * r.data.frame_stride for r in (short, *longer)} == {128}

@@ -10,8 +10,21 @@ import numpy as np
 import pytest
 from videos import PYRAMID, decode_all, scene, write_video
 
+from stadapter.config import ConfigError
 from stadapter.data import decoding
-from stadapter.data.decoding import Backend, ClipError, count_frames, decode
+from stadapter.data.decoding import Backend, ClipError, check_backend, count_frames, decode, frame_size
+
+
+def _why_no_torchcodec() -> str:
+    try:
+        check_backend("torchcodec")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+WITHOUT = _why_no_torchcodec()
+BACKENDS = ["pyav", "decord", pytest.param("torchcodec", marks=pytest.mark.skipif(bool(WITHOUT), reason=WITHOUT))]
 
 FILES = {
     "constant_rate.mp4": {},
@@ -36,7 +49,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FILES)
 def test_any_request_gives_the_frames_of_a_full_decode(videos: Path, name: str, backend: Backend) -> None:
     expected = decode_all(videos / name)
@@ -58,7 +71,7 @@ def test_frames_are_in_the_order_they_were_written(tmp_path: Path) -> None:
     assert np.argmin(distance, axis=1).tolist() == list(range(30))
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("height", "width"), [(47, 63), (48, 63), (60, 60), (240, 426)])
 def test_sizes_that_fill_no_macroblock_are_exact(tmp_path: Path, height: int, width: int, backend: Backend) -> None:
     path = write_video(tmp_path / "odd.mp4", scene(6, height, width))
@@ -67,13 +80,13 @@ def test_sizes_that_fill_no_macroblock_are_exact(tmp_path: Path, height: int, wi
     np.testing.assert_array_equal(decoded, decode_all(path)[[5, 0]])
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_frame_can_be_asked_for_many_times(tmp_path: Path, backend: Backend) -> None:
     path = write_video(tmp_path / "one.mp4", scene(1))
     np.testing.assert_array_equal(decode(path, [0] * 4, backend=backend), decode_all(path)[[0] * 4])
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rotated_files_come_out_upright(tmp_path: Path, backend: Backend) -> None:
     path = write_video(tmp_path / "turned.mp4", scene(4), rotation=90)
     upright = np.rot90(decode_all(path), 1, axes=(1, 2))
@@ -89,9 +102,9 @@ def test_few_frames_of_a_long_clip_do_not_decode_all(videos: Path, monkeypatch: 
     decoded = []
     keep = decoding._keep
 
-    def count(frames: list[Any], wanted: set[int], pictures: dict[int, np.ndarray]) -> None:
+    def count(frames: list[Any], wanted: set[int], pictures: dict[int, np.ndarray], short_side: int | None) -> None:
         decoded.extend(frames)
-        keep(frames, wanted, pictures)
+        keep(frames, wanted, pictures, short_side)
 
     monkeypatch.setattr(decoding, "_keep", count)
     decode(videos / "b_frames.mp4", [0, 38])
@@ -103,7 +116,7 @@ def test_spaces_and_non_ascii_letters_in_a_path_are_fine(tmp_path: Path) -> None
     assert decode(path, [2]).shape == decode(path, [2], backend="decord").shape == (1, 48, 64, 3)
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"", "zero bytes"), (b"not a video\n" * 99, "not a video"), (None, "No such file")]
 )
@@ -115,7 +128,7 @@ def test_what_is_no_video_is_a_clip_error(tmp_path: Path, content: bytes | None,
         decode(path, [0], backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_file_cut_before_its_index_is_a_clip_error(videos: Path, tmp_path: Path, backend: Backend) -> None:
     (tmp_path / "cut.mp4").write_bytes((videos / "b_frames.mp4").read_bytes()[:2000])
     with pytest.raises(ClipError, match=r"cut.mp4: .*truncated"):
@@ -170,7 +183,7 @@ def test_sound_alone_is_a_clip_error(tmp_path: Path) -> None:
         decode(tmp_path / "sound.mp4", [0])
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index", [-1, 40])
 def test_an_index_outside_the_clip_is_a_clip_error(videos: Path, index: int, backend: Backend) -> None:
     with pytest.raises(ClipError, match=rf"frame {index} was asked for, but the clip has 40"):
@@ -180,6 +193,41 @@ def test_an_index_outside_the_clip_is_a_clip_error(videos: Path, index: int, bac
 def test_an_index_outside_an_unindexed_clip_is_a_clip_error(videos: Path) -> None:
     with pytest.raises(ClipError, match=r"frame 40 was asked for, but the clip has 40"):
         decode(videos / "transport_stream.ts", [40])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_a_reduced_request_is_the_same_through_every_backend(tmp_path: Path, rotation: int, backend: Backend) -> None:
+    path = write_video(tmp_path / "wide.mp4", scene(6, 48, 64), rotation=rotation)
+    reduced = decode(path, [4, 1], backend=backend, short_side=24)
+    assert reduced.shape == ((2, 32, 24, 3) if rotation else (2, 24, 32, 3))
+    np.testing.assert_array_equal(reduced, decode(path, [4, 1], short_side=24))
+    smooth = decode(path, [4, 1]).reshape(2, *(n for side in reduced.shape[1:3] for n in (side, 2)), 3).mean((2, 4))
+    assert np.abs(smooth - reduced).mean() < 20  # unrelated pictures: 85
+
+
+def test_a_reduced_request_never_enlarges(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "small.mp4", scene(2, 48, 64))
+    np.testing.assert_array_equal(decode(path, [1], short_side=49), decode(path, [1]))
+
+
+def test_an_empty_request_gives_no_frames(videos: Path) -> None:
+    assert all(len(decode(videos / "b_frames.mp4", [], backend=backend)) == 0 for backend in ("pyav", "decord"))
+
+
+def test_the_size_is_known_without_decoding(videos: Path) -> None:
+    assert frame_size(videos / "vp9.webm") == (48, 64)
+
+
+def test_an_unknown_backend_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"--decoder cv2: must be one of auto, pyav, decord, torchcodec"):
+        check_backend("cv2")
+
+
+def test_a_backend_that_is_not_installed_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ConfigError, match=r"--decoder decord: it is not installed; pip install decord"):
+        check_backend("decord")
 
 
 def test_importing_the_module_loads_no_decoder() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from stadapter.evaluate import evaluate
+from stadapter.train import summed_loss
 
 
 class Scripted(nn.Module):
@@ -22,7 +25,7 @@ def batch(logits_BVK: list[list[list[float]]], labels: list[int], bad: list[bool
     return {"pixels": pixels, "label": torch.tensor(labels), "bad": torch.tensor(bad or [False] * len(labels))}
 
 
-def run(*batches: dict[str, Tensor], **options: bool) -> dict[str, float]:
+def run(*batches: dict[str, Tensor], **options: Any) -> dict[str, float]:
     return evaluate(Scripted(), batches, torch.device("cpu"), torch.float32, **options)  # type: ignore[arg-type]
 
 
@@ -62,3 +65,32 @@ def test_a_model_in_training_goes_on_in_training() -> None:
     model = Scripted().train()
     evaluate(model, [batch([[[1, 0, 0, 0, 0, 0]]], [0])], torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
     assert model.training
+
+
+def test_an_action_is_right_when_verb_and_noun_are() -> None:
+    # Verbs are the first 2 classes, nouns the other 4.
+    logits = [[5, 0, 9, 0, 0, 0], [5, 0, 0, 9, 0, 0], [0, 5, 9, 0, 0, 0], [0, 5, 0, 9, 0, 0]]
+    given = batch([[row] for row in logits], [[0, 0]] * 4)  # type: ignore[arg-type,list-item]
+    result = run(given, label_groups=(2, 4))
+    assert (result["top1"], result["verb_top1"], result["noun_top1"]) == (25, 50, 50)
+
+
+def test_an_action_of_the_top5_may_have_a_wrong_verb_first() -> None:
+    # 2 x 4 actions by their product: the true one (verb 1, noun 0) is second in the first clip, seventh in the other.
+    given = batch([[[1, 0, 9, 0, 0, 0]], [[9, 0, 0, 1, 2, 3]]], [[1, 0], [1, 1]])  # type: ignore[list-item]
+    result = run(given, label_groups=(2, 4))
+    assert (result["top1"], result["top5"]) == (0, 50)
+
+
+def test_the_loss_of_two_heads_is_their_sum() -> None:
+    logits = torch.tensor([3.0, 1, 0, 2, 5, 1])
+    result = run(batch([[logits.tolist()]], [[1, 2]]), label_groups=(2, 4))  # type: ignore[list-item]
+    expected = -logits[:2].log_softmax(0)[1] - logits[2:].log_softmax(0)[2]
+    assert result["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert summed_loss(logits[None], torch.tensor([[1, 2]]), (2, 4), 0.0).item() == pytest.approx(result["loss"])
+
+
+def test_an_unreadable_clip_of_two_heads_is_wrong_in_all() -> None:
+    given = batch([[[5, 0, 9, 0, 0, 0]]] * 2, [[0, 0]] * 2, bad=[False, True])  # type: ignore[list-item]
+    result = run(given, label_groups=(2, 4))
+    assert [result[name] for name in ("top1", "top5", "verb_top1", "noun_top1", "bad_clips")] == [50, 50, 50, 50, 1]

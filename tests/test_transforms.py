@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -133,3 +134,65 @@ def test_temporal_views_come_one_after_the_other() -> None:
 def test_settings_that_cannot_work_are_config_errors(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         transforms.check_transforms(config(**fields))
+
+
+# --- exact resizing
+
+
+def plain(given: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """The authors' way: normalise in float32, then resize; undone again, to compare pixels."""
+    mean, std = 0.45, 0.225
+    normalised = (torch.from_numpy(given).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    resized = F.interpolate(normalised, size=(height, width), mode="bicubic", align_corners=False)
+    return resized * std + mean
+
+
+def test_exact_test_views_equal_a_plain_float_reference() -> None:
+    given = frames(48, 80)
+    expected = plain(given, SIZE, 53)[..., :, 10:42]
+    views = transforms.test_views(given, config(resize="exact"))
+    assert torch.allclose(views[0], expected, atol=1e-5)
+    assert views.min() < 0 and views.max() > 1  # edges overshoot, and stay
+
+
+def test_fast_resizing_rounds_and_clamps_what_exact_keeps() -> None:
+    given = frames(48, 80)
+    exact, fast = (transforms.test_views(given, config(resize=kind)) for kind in ("exact", "fast"))
+    assert fast.dtype == torch.uint8
+    assert (exact.clamp(0, 1) - fast / 255).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", AUGMENTED)
+def test_exact_training_pixels_are_the_same_crops_in_float(name: str) -> None:
+    exact = dataclasses.replace(AUGMENTED[name], resize="exact")
+    a, b = (train_pixels(frames(40, 60), c, np.random.default_rng(3)) for c in (AUGMENTED[name], exact))
+    assert (b.dtype, b.shape) == (torch.float32, a.shape)
+    assert (a / 255 - b.clamp(0, 1)).abs().mean() < 0.02
+
+
+# --- random erasing
+
+
+@pytest.mark.parametrize("resize", ["fast", "exact"])
+def test_random_erasing_takes_one_box_from_all_frames(resize: str) -> None:
+    for seed in range(20):
+        before, after = (
+            train_pixels(still(SIZE, SIZE), config(random_erasing=share, resize=resize), np.random.default_rng(seed))
+            for share in (0.0, 1.0)
+        )
+        assert torch.equal(after, after[:1].expand_as(after))
+        changed = (before != after).any(dim=1)[0]
+        rows, columns = (changed.any(dim=axis).nonzero().flatten() for axis in (1, 0))
+        height, width = (int(place[-1] - place[0]) + 1 for place in (rows, columns))
+        assert 0.015 * SIZE**2 <= height * width <= 0.4 * SIZE**2
+        assert changed.float().sum() > 0.9 * height * width
+
+
+def test_random_erasing_happens_with_its_probability() -> None:
+    given = still(SIZE, SIZE)
+    untouched = train_pixels(given, config(), np.random.default_rng(0))
+    erased = [
+        not torch.equal(train_pixels(given, config(random_erasing=0.25), np.random.default_rng(seed)), untouched)
+        for seed in range(400)
+    ]
+    assert 0.17 < np.mean(erased) < 0.33

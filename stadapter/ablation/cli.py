@@ -23,9 +23,12 @@ from stadapter.ablation import table
 from stadapter.ablation.terminal import Terminal
 from stadapter.ablation.trial import Arm, Sweep, Trial, make_sweep, records, save_sweep
 from stadapter.config import ConfigError, Recipe
+from stadapter.data.flags import add_reading_flags, reading_flags
+from stadapter.data.storage import data_root
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
+    from stadapter.data.clips import Elsewhere
     from stadapter.train import Operation
 
 DEFAULT_OUTPUT = Path("runs")
@@ -62,7 +65,7 @@ def main(
 def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc.strip(),
-        epilog=f"recipes: {', '.join(recipes.names())}\n\nfields for --set:\n{_field_help()}\n\n{EXIT_CODES}",
+        epilog=f"{recipes.listing()}\n\nfields for --set:\n{_field_help()}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is compared (decides the numbers)")
@@ -82,8 +85,9 @@ def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentPars
         help="change a field of the recipe in every arm, such as optim.epochs=1; repeatable, fields below",
     )  # fmt: skip
     what.add_argument(
-        "--data-root", type=Path, metavar="FOLDER", help="where the recipe's data set lies; the embedded one needs none"
-    )
+        "--data-root", type=data_root, metavar="FOLDER",
+        help="where the recipe's data set lies, or its address (s3://...); the embedded one needs none",
+    )  # fmt: skip
     what.add_argument("--weights", type=Path, metavar="FILE", help="backbone weights from this file instead of the hub")
 
     where = parser.add_argument_group("where it runs (does not change the numbers)")
@@ -110,6 +114,12 @@ def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentPars
     where.add_argument(
         "--clips-per-pass", type=int, metavar="N",
         help=f"clips in one pass of a process; more are accumulated (default: all, or {GPU_CLIPS_PER_PASS} on a GPU)",
+    )  # fmt: skip
+    add_reading_flags(where)
+    where.add_argument(
+        "--decode-on-cluster", action="store_true",
+        help="decode on all nodes of the cluster (Ray Data) instead of in loader processes beside the training; for "
+        "machines whose cores cannot feed their GPUs",
     )  # fmt: skip
     where.add_argument(
         "--address", metavar="ADDRESS",
@@ -158,11 +168,9 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
     from stadapter.train import Operation
 
     dead = {arm: cost_of(recipe).dead_params for arm, recipe in {t.arm: t.recipe for t in sweep.trials}.items()}
-    for split in ("train", "val", "test"):
-        load_clips(sweep.recipe.data, options.data_root, split)
-    if (
-        options.address is None
-    ):  # the trials find the weights in the library's cache then, and none downloads them twice
+    clips = {split: load_clips(sweep.recipe.data, options.data_root, split) for split in ("train", "val", "test")}
+    if options.address is None:
+        # The trials find the weights in the library's cache then, and none downloads them twice.
         for backbone in {trial.recipe.backbone for trial in sweep.trials}:
             load_backbone(backbone, sweep.recipe.data.frame_size, weights_file=options.weights)
     processes = options.gpus_per_trial if num_gpus else options.processes_per_trial or 1
@@ -175,14 +183,16 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
     if workers is None:
         workers = cpus - 1 if num_gpus else 0
     operation = Operation(
-        data_root=options.data_root and options.data_root.resolve(),
+        data_root=options.data_root,
         weights_file=options.weights and options.weights.resolve(),
         num_workers=workers,
         clips_per_pass=options.clips_per_pass or (GPU_CLIPS_PER_PASS if num_gpus else None),
+        elsewhere=_elsewhere(options),
+        **reading_flags(options),
     )
     from stadapter.ablation.sweep import Resources
 
-    resources = Resources(num_gpus, processes, cpus, options.address, options.dashboard_port)
+    resources = Resources(num_gpus, processes, cpus, options.address, options.dashboard_port, options.decode_on_cluster)
     output = options.output.resolve()
     try:
         sweep.folder(output).mkdir(parents=True, exist_ok=True)
@@ -197,7 +207,21 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
                 f"note: {arm}: the after_mhsa adapter of the last block can never receive a gradient (only CLS is read"
             )
             print(f"      after it); its {count:,} parameters are neither trained nor counted as trainable")
+    if options.cache_gb:
+        from stadapter.data.disk_need import describe, disk_need
+
+        need = disk_need(clips, sweep.recipe.data, sweep.recipe.optim.epochs, options.seeds)
+        print(describe(need, options.cache_gb, options.seeds))
     return _launch(sweep, output, operation, resources, options)
+
+
+def _elsewhere(options: argparse.Namespace) -> Elsewhere | None:
+    if not options.decode_on_cluster:
+        return None
+    import stadapter.ablation.sweep  # noqa: F401  # sets Ray's environment before Ray is imported
+    from stadapter.ablation.cluster_decoding import decode_on_cluster
+
+    return decode_on_cluster
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

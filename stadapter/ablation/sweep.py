@@ -1,4 +1,4 @@
-"""Trials on Ray: the only module that imports it.
+"""Trials on Ray: the only module that imports it, but for `cluster_decoding`.
 
 A trial that fits one process runs inside a Tune function whose process the next trial uses again. A trial that needs
 several processes is a Tune function that starts Ray Train inside and holds no CPU itself, or two CPUs would wait for
@@ -53,6 +53,7 @@ class Resources:
     cpus_per_process: int = 1
     address: str | None = None  # of a running cluster; None: start Ray on this machine
     dashboard_port: int | None = None
+    decode_on_cluster: bool = False  # a CPU at least stays free of trials
 
 
 def join_cluster(address: str) -> int:
@@ -117,6 +118,11 @@ class Cluster:
         there = ray.cluster_resources()
         wanted = self.resources
         needed = wanted.processes_per_trial * wanted.cpus_per_process
+        if wanted.decode_on_cluster and needed >= there.get("CPU", 0):
+            raise ConfigError(
+                f"--decode-on-cluster: a trial takes {needed} of the {there.get('CPU', 0):g} CPUs and leaves none to "
+                "decode on; add nodes, or leave it out"
+            )
         if needed > there.get("CPU", 0):
             raise ConfigError(
                 f"a trial of {wanted.processes_per_trial} processes with {wanted.cpus_per_process} CPUs each "
@@ -126,7 +132,8 @@ class Cluster:
     def trials_at_once(self) -> int:
         """How many trials the resources hold."""
         wanted = self.resources
-        at_once = int(ray.cluster_resources()["CPU"]) // (wanted.processes_per_trial * wanted.cpus_per_process)
+        cpus = int(ray.cluster_resources()["CPU"]) - wanted.decode_on_cluster
+        at_once = cpus // (wanted.processes_per_trial * wanted.cpus_per_process)
         if wanted.num_gpus:
             at_once = min(at_once, wanted.num_gpus // wanted.processes_per_trial)
         return max(1, at_once)

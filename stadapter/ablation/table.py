@@ -10,7 +10,7 @@ import csv
 import io
 import statistics
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ _BACKBONES = {
     "open_clip/ViT-L-14/openai": "clip_vit_l14",
 }
 DASH = "-"
+# Of opposite pairs, and of verb and noun heads, whose top-1 is that of the action.
+_PARTS = {"direction_top1": "direction %", "verb_top1": "verb %", "noun_top1": "noun %"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Row:
     arm: str
     wanted: int  # seeds asked for
     top1: tuple[float, ...]
-    direction_top1: tuple[float, ...]  # empty where the data set has no opposite pairs
+    parts: Mapping[str, tuple[float, ...]]  # the other accuracies that the data set has, by their names in _PARTS
     trainable_params: int | None
     gmacs: float | None  # all test views together, as papers print it
     seconds: tuple[float, ...]
@@ -60,7 +62,11 @@ def make_rows(sweep: Sweep, records: Sequence[dict[str, Any] | None]) -> list[Ro
                 arm=arm.label,
                 wanted=len(mine),
                 top1=tuple(r["metrics"]["top1"] for r in done),
-                direction_top1=tuple(r["metrics"]["direction_top1"] for r in done if "direction_top1" in r["metrics"]),
+                parts={
+                    name: values
+                    for name in _PARTS
+                    if (values := tuple(r["metrics"][name] for r in done if name in r["metrics"]))
+                },
                 trainable_params=done[0]["trainable_params"] if done else None,
                 gmacs=done[0]["macs_per_view"] * done[0]["views"] / 1e9 if done else None,
                 seconds=tuple(r["seconds"] for r in done),
@@ -96,7 +102,7 @@ def published(recipe: Recipe, paper: Path = PAPER) -> tuple[float | None, str]:
     return None, ""
 
 
-_HEADER = ("arm", "top-1 %", "direction %", "trainable", "GMACs", "seconds", "paper top-1 %", "seeds")
+_HEADER = ("arm", "top-1 %", *_PARTS.values(), "trainable", "GMACs", "seconds", "paper top-1 %", "seeds")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -104,7 +110,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.arm,
         mean_and_spread(row.top1),
-        mean_and_spread(row.direction_top1),
+        *(mean_and_spread(row.parts.get(name, ())) for name in _PARTS),
         DASH if row.trainable_params is None else f"{row.trainable_params:,}",
         DASH if row.gmacs is None else f"{row.gmacs:.4g}",
         DASH if not row.seconds else f"{statistics.mean(row.seconds):.0f}",
@@ -123,8 +129,9 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def _columns(rows: Sequence[Row]) -> list[int]:
-    """Columns to show: direction only where something was measured."""
-    return [i for i, name in enumerate(_HEADER) if name != "direction %" or any(row.direction_top1 for row in rows)]
+    """Columns to show: direction, verb and noun only where they were measured."""
+    measured = {_PARTS[name] for row in rows for name in row.parts}
+    return [i for i, name in enumerate(_HEADER) if name not in _PARTS.values() or name in measured]
 
 
 def notes(sweep: Sweep, rows: Sequence[Row], records: Sequence[dict[str, Any] | None]) -> list[str]:
@@ -141,6 +148,11 @@ def notes(sweep: Sweep, rows: Sequence[Row], records: Sequence[dict[str, Any] | 
         devices = sorted({f"{r['device']}, {r['precision']}" for r in done})
         lines.append(f"Test data {sweep.recipe.data.dataset}: {' | '.join(test)}. Code {' | '.join(commits)}.")
         lines.append(f"Measured on {' | '.join(devices)}.")
+        for split, fate in (("train", "replaced by their neighbours"), ("test", "counted as wrong")):
+            bad = [r["bad_clips"][split] for r in done if r.get("bad_clips", {}).get(split, {}).get("clips")]
+            if bad:
+                most = max(bad, key=lambda found: found["clips"])
+                lines.append(f"Unreadable {split} clips, {fate}: up to {most['clips']}; first {most['first'][0]}.")
     return lines
 
 
@@ -181,7 +193,7 @@ def to_csv(sweep: Sweep, records: Sequence[dict[str, Any] | None]) -> str:
             "trial_id",
             "status",
             "top1",
-            "direction_top1",
+            *_PARTS,
             "trainable_params",
             "macs_per_view",
             "views",
@@ -190,10 +202,10 @@ def to_csv(sweep: Sweep, records: Sequence[dict[str, Any] | None]) -> str:
     )
     for trial, result in zip(sweep.trials, records, strict=True):
         if result is None:
-            writer.writerow([trial.arm, trial.seed, trial.id, "missing", *[""] * 6])
+            writer.writerow([trial.arm, trial.seed, trial.id, "missing", *[""] * (5 + len(_PARTS))])
         else:
             metrics = result["metrics"]
-            measured = [metrics["top1"], metrics.get("direction_top1", "")]
+            measured = [metrics["top1"], *(metrics.get(name, "") for name in _PARTS)]
             counted = [result[name] for name in ("trainable_params", "macs_per_view", "views", "seconds")]
             writer.writerow([trial.arm, trial.seed, trial.id, "finished", *measured, *counted])
     return buffer.getvalue()

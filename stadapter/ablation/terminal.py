@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stadapter.ablation.trial import Sweep, Trial
+from stadapter.record import bad_clips_in_words
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
@@ -52,6 +53,8 @@ class Terminal:
             self.running.pop(trial.id, None)
             self.done += 1
             text = f"top-1 {details['metrics']['top1']:.1f} %  in {details['seconds']:.0f} s"
+            if bad := bad_clips_in_words(details):
+                text += f"  ({bad})"
         else:
             self.running.pop(trial.id, None)
             self.failed += 1

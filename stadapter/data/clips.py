@@ -11,10 +11,9 @@ Shapes: B clips in a micro-batch, G clips in a global batch, V views, T frames, 
 from __future__ import annotations
 
 import functools
-import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,54 +22,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stadapter.config import ConfigError, DataConfig
+from stadapter.data import storage
 from stadapter.data.annotations import ClipList
-from stadapter.data.decoding import Backend, ClipError, decode
+from stadapter.data.decoding import ClipError
+from stadapter.data.reading import Reading, Sampling, read_frames
 from stadapter.data.sampling import dense_indices, uniform_indices
-from stadapter.data.transforms import check_transforms, test_views, train_pixels
+from stadapter.data.transforms import check_transforms, pixel_dtype, test_views, train_pixels
 
-logger = logging.getLogger(__name__)
-
-Sampling = Callable[[int], list[int]]  # number of frames -> indices
-TrainKey = tuple[int, int, int]  # epoch, index of the clip, position in the global batch
+TrainKey = tuple[int, int, int]  # showing (epoch * repeats + repeat), index of the clip, position in the global batch
 
 # Random streams of one seed: the order of clips, and everything drawn for one clip.
 _ORDER, _CLIP = 0, 1
 _MAX_REPLACEMENTS = 10
 
-# Whole decoded clips, for `memory_cache`: (path, file size, time of change, decoder) -> uint8 [all frames, H, W, 3].
-_MEMORY: dict[tuple[str, int, int, str], np.ndarray] = {}
-_MEMORY_CLIP_FRAMES, _MEMORY_CLIP_BYTES, _MEMORY_BYTES = 64, 2**20, 2**29
 
-
-class ClipDataset(Dataset[dict[str, Tensor]]):
+class ClipDataset(Dataset[dict[str, Any]]):
     """The clips of a list as pixels.
 
-    Training items, asked for by (epoch, index) or (epoch, index, position): pixels uint8 [T, 3, S, S].
-    Testing items, asked for by index: pixels uint8 [V, T, 3, S, S].
-    Both: label int64 [], index int64 [], bad bool [], and position int64 [] where it was given.
+    Training items, asked for by (showing, index) or (showing, index, position): pixels [T, 3, S, S].
+    Testing items, asked for by index: pixels [V, T, 3, S, S]. Pixels are uint8, or float32 for `exact` resizing.
+    Both: label int64 [] (or [2]: verb and noun), index int64 [], bad bool [], reason str, and position int64 [] where
+    it was given. A showing is an epoch, or with repeated augmentation one of its views of each clip.
 
     A clip that cannot be read is tried twice and then marked `bad`. In training the next readable clip stands in for
-    it, with its own label; in testing its pixels are zeros, and it must be counted as wrong.
-
-    `memory_cache` keeps every frame of tiny clips (64 frames, 1 MiB) in this process, up to 512 MiB, for all data sets
-    made in it: pixels are the same, and a process that runs trial after trial decodes once. Loader workers end with
-    their loader and gain nothing from it between trials.
+    it, with its own label; in testing its pixels are zeros, and it must be counted as wrong. `reason` then has a line
+    "index<tab>path: why" for each clip that could not be read, and is empty otherwise.
     """
 
     def __init__(
-        self,
-        clips: ClipList,
-        config: DataConfig,
-        seed: int,
-        train: bool,
-        decoder: Backend = "auto",
-        memory_cache: bool = False,
+        self, clips: ClipList, config: DataConfig, seed: int, train: bool, reading: Reading | None = None
     ) -> None:
         check_transforms(config)
         if config.sampling == "uniform" and config.test_temporal_views != 1:
             raise ConfigError(f"data.test_temporal_views = {config.test_temporal_views}: uniform sampling has 1 view")
-        self.config, self.seed, self.train, self.decoder = config, seed, train, decoder
-        self.root, self.memory_cache = clips.root, memory_cache
+        self.config, self.seed, self.train = config, seed, train
+        self.root, self.reading = clips.root, reading or Reading()
         # Tensors are handed to workers as shared memory, where lists of a million strings would be copied to each.
         encoded = [os.fsencode(path) for path in clips.paths]
         self._path_ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0)
@@ -83,56 +69,55 @@ class ClipDataset(Dataset[dict[str, Tensor]]):
 
     def path(self, index: int) -> str:
         start = int(self._path_ends[index - 1]) if index else 0
-        return os.path.join(
-            self.root, os.fsdecode(self._path_bytes[start : int(self._path_ends[index])].numpy().tobytes())
-        )
+        encoded = self._path_bytes[start : int(self._path_ends[index])].numpy().tobytes()
+        return storage.join(self.root, os.fsdecode(encoded))
 
-    def __getitem__(self, key: int | tuple[int, int] | TrainKey) -> dict[str, Tensor]:
+    def __getitem__(self, key: int | tuple[int, int] | TrainKey) -> dict[str, Any]:
         if isinstance(key, tuple) != self.train:
-            raise TypeError(f"key {key}: training items are asked for by (epoch, index), testing items by index")
+            raise TypeError(f"key {key}: training items are asked for by (showing, index), testing items by index")
         if isinstance(key, tuple):
-            epoch, index = key[:2]
-            pixels, source = self._train_item(epoch, index)
-            item = self._item(index, pixels, source, bad=source != index)
+            showing, index = key[:2]
+            item = self._train_item(showing, index)
             if len(key) == 3:
                 item["position"] = torch.tensor(key[2])
             return item
         try:
-            return self._item(key, _twice(self._test_pixels, key), key, bad=False)
+            return self._item(key, _twice(self._test_pixels, key), key, [])
         except ClipError as error:
-            logger.warning("counted as wrong: %s", error)
             c = self.config
             shape = (c.test_temporal_views * c.test_spatial_views, c.num_frames, 3, c.frame_size, c.frame_size)
-            return self._item(key, torch.zeros(shape, dtype=torch.uint8), key, bad=True)
+            return self._item(key, torch.zeros(shape, dtype=pixel_dtype(c)), key, [_reason(key, error)])
 
-    def _item(self, index: int, pixels: Tensor, source: int, bad: bool) -> dict[str, Tensor]:
+    def _item(self, index: int, pixels: Tensor, source: int, reasons: list[str]) -> dict[str, Any]:
         return {
             "pixels": pixels,
             "label": self._labels[source].clone(),
             "index": torch.tensor(index),
-            "bad": torch.tensor(bad),
+            "bad": torch.tensor(bool(reasons)),
+            "reason": "\n".join(reasons),
         }
 
-    def _train_item(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        """The pixels of a clip, or of the first readable one after it, and the index of that one."""
+    def _train_item(self, showing: int, index: int) -> dict[str, Any]:
+        """A clip, or the first readable one after it."""
+        reasons: list[str] = []
         for offset in range(min(_MAX_REPLACEMENTS + 1, len(self))):
             source = (index + offset) % len(self)
             try:
-                return _twice(self._train_pixels, epoch, source), source
+                return self._item(index, _twice(self._train_pixels, showing, source), source, reasons)
             except ClipError as error:
-                logger.warning("replaced by the next clip: %s", error)
-        raise ClipError(f"{self.path(index)}: it and the {offset} clips after it in the list cannot be read")
+                reasons.append(_reason(source, error))
+                last = error
+        raise ClipError(f"{self.path(index)}: it and the {offset} clips after it cannot be read; the last one: {last}")
 
-    def _train_pixels(self, epoch: int, index: int) -> Tensor:
-        rng = np.random.default_rng((_CLIP, self.seed, epoch, index))
+    def _train_pixels(self, showing: int, index: int) -> Tensor:
+        rng = np.random.default_rng((_CLIP, self.seed, showing, index))
         return train_pixels(self._frames(index, functools.partial(self._train_indices, rng=rng)), self.config, rng)
 
     def _test_pixels(self, index: int) -> Tensor:
         return test_views(self._frames(index, self._test_indices), self.config)
 
     def _frames(self, index: int, indices: Sampling) -> np.ndarray:
-        read = _decode_through_memory if self.memory_cache else _decode
-        frames = read(self.path(index), indices, self.decoder)
+        frames = read_frames(self.path(index), indices, self.reading, self.config.decoded_short_side)
         if self._reversed[index]:
             # The same frames in opposite order, as if the reversed video were sampled at mirrored places.
             views = 1 if self.train else self.config.test_temporal_views
@@ -141,6 +126,8 @@ class ClipDataset(Dataset[dict[str, Tensor]]):
 
     def _train_indices(self, num_total: int, rng: np.random.Generator) -> list[int]:
         c = self.config
+        if c.fixed_frames:
+            return self._test_indices(num_total)[: c.num_frames]
         if c.sampling == "dense":
             return dense_indices(num_total, c.num_frames, c.frame_stride, rng)
         return uniform_indices(num_total, c.num_frames, rng)
@@ -157,31 +144,8 @@ class ClipDataset(Dataset[dict[str, Tensor]]):
         ]
 
 
-def _decode(path: str, indices: Sampling, decoder: Backend) -> np.ndarray:
-    return decode(path, indices, backend=decoder)
-
-
-def _decode_through_memory(path: str, indices: Sampling, decoder: Backend) -> np.ndarray:
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return _decode(path, indices, decoder)
-    key = (path, stat.st_size, stat.st_mtime_ns, decoder)
-    if key in _MEMORY:
-        return _MEMORY[key][indices(len(_MEMORY[key]))]
-    total = 0
-
-    def all_of_a_short_clip(num_total: int) -> list[int]:
-        nonlocal total
-        total = num_total
-        return list(range(num_total)) if num_total <= _MEMORY_CLIP_FRAMES else indices(num_total)
-
-    frames = _decode(path, all_of_a_short_clip, decoder)
-    if total > _MEMORY_CLIP_FRAMES:
-        return frames
-    if frames.nbytes <= min(_MEMORY_CLIP_BYTES, _MEMORY_BYTES - sum(kept.nbytes for kept in _MEMORY.values())):
-        _MEMORY[key] = frames
-    return frames[indices(total)]
+def _reason(index: int, error: ClipError) -> str:
+    return f"{index}\t{' '.join(str(error).split())}"
 
 
 def _twice(read: Any, *key: int) -> Tensor:
@@ -191,11 +155,11 @@ def _twice(read: Any, *key: int) -> Tensor:
         return read(*key)
 
 
-def steps_per_epoch(num_clips: int, global_batch: int) -> int:
-    """Complete global batches in one epoch; a ConfigError if there is none."""
-    if num_clips < global_batch:
+def steps_per_epoch(num_clips: int, global_batch: int, repeats: int = 1) -> int:
+    """Complete global batches in one epoch, which shows each clip `repeats` times; a ConfigError if there is none."""
+    if num_clips < global_batch // repeats:
         raise ConfigError(f"optim.global_batch = {global_batch}: the training list has only {num_clips} clips")
-    return num_clips // global_batch
+    return num_clips // (global_batch // repeats)
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
@@ -203,11 +167,16 @@ def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((_ORDER, seed, epoch)).permutation(num_clips)
 
 
+# Makes batches in place of this machine's loader processes: (data set, lists of keys) -> batches in their order.
+Elsewhere = Callable[[ClipDataset, Iterable[Sequence[Any]]], Iterable[dict[str, Any]]]
+
+
 class GlobalBatches(Sampler[list[TrainKey]]):
     """One process's keys for a range of optimiser steps, a micro-batch at a time.
 
     Step s belongs to epoch s // steps_per_epoch and takes the next G clips of that epoch's order; an incomplete last
-    batch is dropped. Process `rank` takes a contiguous share of G / world clips, in chunks of at most `micro_batch`.
+    batch is dropped. With repeated augmentation it takes the next G / repeats clips, each `repeats` times. Process
+    `rank` takes a contiguous share of G / world clips, in chunks of at most `micro_batch`.
     """
 
     def __init__(
@@ -220,11 +189,13 @@ class GlobalBatches(Sampler[list[TrainKey]]):
         rank: int = 0,
         world: int = 1,
         micro_batch: int | None = None,
+        repeats: int = 1,
     ) -> None:
         if global_batch % world:
             raise ConfigError(f"optim.global_batch = {global_batch}: cannot be shared evenly by {world} processes")
         self.num_clips, self.global_batch, self.steps, self.seed = num_clips, global_batch, steps, seed
-        self.epoch_steps = steps_per_epoch(num_clips, global_batch)
+        self.repeats = repeats
+        self.epoch_steps = steps_per_epoch(num_clips, global_batch, repeats)
         self.share = global_batch // world
         self.first = rank * self.share
         self.micro_batch = min(micro_batch or self.share, self.share)
@@ -239,10 +210,14 @@ class GlobalBatches(Sampler[list[TrainKey]]):
             epoch, step_in_epoch = divmod(step, self.epoch_steps)
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(self.num_clips, self.seed, epoch), epoch
-            start = step_in_epoch * self.global_batch
+            start = step_in_epoch * (self.global_batch // self.repeats)
             for offset in range(0, self.share, self.micro_batch):
                 positions = range(self.first + offset, self.first + min(offset + self.micro_batch, self.share))
-                yield [(epoch, int(order[start + position]), position) for position in positions]
+                yield [self._key(epoch, order, start, position) for position in positions]
+
+    def _key(self, epoch: int, order: np.ndarray, start: int, position: int) -> TrainKey:
+        clip, repeat = divmod(position, self.repeats)
+        return epoch * self.repeats + repeat, int(order[start + clip]), position
 
 
 def train_loader(
@@ -255,22 +230,41 @@ def train_loader(
     micro_batch: int | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader[dict[str, Tensor]]:
-    """This process's micro-batches for the steps, in order: pixels uint8 [B, T, 3, S, S], label, index, position int64
-    [B] (the position in the global batch), bad bool [B]."""
+    elsewhere: Elsewhere | None = None,
+) -> Iterable[dict[str, Any]]:
+    """This process's micro-batches for the steps, in order: pixels [B, T, 3, S, S], label, index, position int64 [B]
+    (the position in the global batch), bad bool [B], reason a list of B strings."""
     batches = GlobalBatches(
-        len(dataset), global_batch, steps=steps, seed=dataset.seed, rank=rank, world=world, micro_batch=micro_batch
+        len(dataset),
+        global_batch,
+        steps=steps,
+        seed=dataset.seed,
+        rank=rank,
+        world=world,
+        micro_batch=micro_batch,
+        repeats=dataset.config.repeated_augmentation,
     )
+    if elsewhere is not None:
+        return elsewhere(dataset, batches)
     return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_workers(num_workers))
 
 
 def test_loader(
-    dataset: ClipDataset, batch: int, *, rank: int = 0, world: int = 1, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[dict[str, Tensor]]:
-    """This process's share of the clips, every `world`-th one, none twice: pixels uint8 [B, V, T, 3, S, S], label and
-    index int64 [B], bad bool [B]. The last batch may be smaller, and a share may be empty."""
+    dataset: ClipDataset,
+    batch: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    elsewhere: Elsewhere | None = None,
+) -> Iterable[dict[str, Any]]:
+    """This process's share of the clips, every `world`-th one, none twice: pixels [B, V, T, 3, S, S], label and index
+    int64 [B], bad bool [B], reason a list of B strings. The last batch may be smaller, and a share may be empty."""
     share = range(rank, len(dataset), world)
     batches = [list(share[start : start + batch]) for start in range(0, len(share), batch)]
+    if elsewhere is not None:
+        return elsewhere(dataset, batches)
     return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_workers(num_workers))
 
 

@@ -1,7 +1,9 @@
-"""From decoded frames to the model's pixels: crops, flips and augmentations, one draw per clip. Pixels stay uint8.
+"""From decoded frames to the model's pixels: crops, flips and augmentations, one draw per clip.
 
-Shapes: T frames, H x W as decoded, S = frame_size, V = temporal x spatial views. Resizing is bicubic on uint8 without
-antialiasing: the authors' but for rounding, and for clamping the overshoot to 0 ... 255 after each of the two axes.
+Shapes: T frames, H x W as decoded, S = frame_size, V = temporal x spatial views. Resizing is bicubic without
+antialiasing, as the authors'. `exact` resizes float32 in [0, 1] and keeps the overshoot of edges beyond it, so pixels
+travel as float32, four times the bytes. `fast` resizes uint8: rounded, and clamped to 0 ... 255, after each of the two
+axes; at hard edges that changes a pixel by up to 0.1 normalised units.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from stadapter.data.sampling import spatial_crops
 
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
+_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's and the authors' of random erasing
 
 
 def check_transforms(config: DataConfig) -> None:
@@ -52,11 +55,14 @@ def check_transforms(config: DataConfig) -> None:
 
 
 def train_pixels(frames_THWC: np.ndarray, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """uint8 [T, H, W, 3] -> uint8 [T, 3, S, S], alike in all frames: RandAugment, then a crop, then a flip."""
+    """uint8 [T, H, W, 3] -> pixels [T, 3, S, S], alike in all frames: RandAugment, crop, flip, random erasing.
+
+    uint8, or float32 around [0, 1] for `exact` resizing.
+    """
     size = config.frame_size
     if config.rand_augment is not None:
         frames_THWC = _augment(frames_THWC, config.rand_augment, int(rng.integers(2**32)))
-    pixels = _channels_first(frames_THWC)
+    pixels = _channels_first(frames_THWC, config)
     height, width = pixels.shape[-2:]
     if config.random_resized_crop is not None:
         top, left, h, w = _random_area(height, width, config.random_resized_crop, rng)
@@ -70,23 +76,36 @@ def train_pixels(frames_THWC: np.ndarray, config: DataConfig, rng: np.random.Gen
         pixels = _centre(pixels, size)
     if config.horizontal_flip and rng.random() < 0.5:
         pixels = F.horizontal_flip(pixels)
+    if config.random_erasing and rng.random() < config.random_erasing:
+        pixels = _erase(pixels, rng)
     return pixels.contiguous()
 
 
 def test_views(frames_THWC: np.ndarray, config: DataConfig) -> Tensor:
-    """uint8 [Vt * T, H, W, 3], temporal views one after the other -> uint8 [V, T, 3, S, S], spatial views fastest."""
+    """uint8 [Vt * T, H, W, 3], temporal views one after the other -> pixels [V, T, 3, S, S], spatial views fastest.
+
+    uint8, or float32 around [0, 1] for `exact` resizing.
+    """
     size, num_crops = config.frame_size, config.test_spatial_views
-    pixels = _resize_short_side(_channels_first(frames_THWC), size)
-    crops = spatial_crops(pixels.shape[-2], pixels.shape[-1], size, num_crops)
-    views = torch.stack([pixels[..., top : top + size, left : left + size] for top, left in crops])
-    return views.unflatten(1, (-1, config.num_frames)).transpose(0, 1).flatten(0, 1)
+    views = []
+    for start in range(0, len(frames_THWC), config.num_frames):  # a view at a time, which fits the processor's cache
+        pixels = _resize_short_side(_channels_first(frames_THWC[start : start + config.num_frames], config), size)
+        crops = spatial_crops(pixels.shape[-2], pixels.shape[-1], size, num_crops)
+        views += [pixels[..., top : top + size, left : left + size] for top, left in crops]
+    return torch.stack(views)
 
 
 test_views.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
 
 
-def _channels_first(frames_THWC: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2)
+def pixel_dtype(config: DataConfig) -> torch.dtype:
+    return torch.float32 if config.resize == "exact" else torch.uint8
+
+
+def _channels_first(frames_THWC: np.ndarray, config: DataConfig) -> Tensor:
+    pixels = torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2)
+    # Floats are resized faster plane by plane, bytes interleaved.
+    return pixels.contiguous() / 255 if config.resize == "exact" else pixels
 
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -112,16 +131,35 @@ def _random_area(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a crop with a random share of the area and a random aspect ratio."""
-    for _ in range(_CROP_ATTEMPTS):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])))
-        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-        if 0 < h <= height and 0 < w <= width:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    if (box := _random_box(height, width, scale, _CROP_RATIO, rng)) is not None:
+        return box
     # The frame is too long for the ratios: its centre, as wide as they allow.
     h = min(height, round(width / _CROP_RATIO[0]))
     w = min(width, round(height * _CROP_RATIO[1]))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _random_box(
+    height: int, width: int, scale: tuple[float, float], ratios: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int] | None:
+    """(top, left, height, width) with a share of the area in `scale` and width / height in `ratios`, if one is met."""
+    for _ in range(_CROP_ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return None
+
+
+def _erase(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """A random box filled with noise, the same box and noise in every frame."""
+    box = _random_box(pixels.shape[-2], pixels.shape[-1], _ERASED_AREA, _ERASED_RATIO, rng)
+    if box is None:
+        return pixels
+    top, left, h, w = box
+    noise = torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8))
+    return F.erase(pixels, top, left, h, w, noise if pixels.dtype == torch.uint8 else noise / 255)
 
 
 @functools.cache

@@ -1,0 +1,107 @@
+"""The clips of one split, and what the readers of every format share."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stadapter.config import ConfigError, DataConfig
+from stadapter.data import storage
+from stadapter.data.storage import Root
+
+Split = Literal["train", "val", "test"]
+Label = int | tuple[int, ...]  # one per head: (verb, noun) with data.label_groups
+
+PROBED_CLIPS = 20  # published lists name clips that are gone: the layout is taken from the first of these that exists
+
+# A clip that is part of a long video has this and two frame numbers after its path: first frame, one past the last.
+SEGMENT = "#frames="
+
+
+@dataclass(frozen=True)
+class ClipList:
+    """The clips of one split, in a fixed order; `paths`, `labels` and `reversed` have one entry per clip."""
+
+    dataset: str
+    split: str
+    root: str  # the folder or address that `paths` are relative to
+    paths: list[str]
+    labels: Sequence[Label]
+    reversed: list[bool]  # the clip is shown backwards in time
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any path, label, direction or their order, and not with the root."""
+        digest = hashlib.sha256()
+        for path, label, backwards in zip(self.paths, self.labels, self.reversed, strict=True):
+            digest.update(f"{path}\t{label}\t{int(backwards)}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
+
+def forward_clips(
+    config: DataConfig, root: Root, split: Split, paths: list[str], labels: Sequence[Label], names: Iterable[str]
+) -> ClipList:
+    return ClipList(config.dataset, split, str(root), paths, labels, [False] * len(paths), tuple(names))
+
+
+def segment(path: str, first: int, end: int) -> str:
+    """Frames `first` to `end` - 1 of a long video, as the path of a clip."""
+    return f"{path}{SEGMENT}{first},{end}"
+
+
+def split_segment(path: str) -> tuple[str, tuple[int, int] | None]:
+    """The inverse of `segment`: the file, and the range of its frames or None for all of them."""
+    file, found, frames = path.rpartition(SEGMENT)
+    if not found:
+        return path, None
+    first, _, end = frames.partition(",")
+    return file, (int(first), int(end))
+
+
+def check_label(label: int, num_classes: int, where: str) -> None:
+    if not 0 <= label < num_classes:
+        raise ConfigError(
+            f"{where}: label {label} is outside 0 ... {num_classes - 1} (data.num_classes = {num_classes})"
+        )
+
+
+def check_labels(label: tuple[int, ...], config: DataConfig, where: str) -> None:
+    """One label per head, each within its head's classes."""
+    for one, classes in zip(label, config.label_groups or (config.num_classes,), strict=True):
+        check_label(one, classes, where)
+
+
+def read_csv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, row) of a CSV file whose header must name `columns`."""
+    try:
+        with storage.open_text(path) as file:
+            rows = csv.DictReader(file)
+            if missing := [name for name in columns if name not in (rows.fieldnames or ())]:
+                raise ConfigError(f"{path}:1: the header has no column '{missing[0]}'")
+            for row in rows:
+                yield rows.line_num, row
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: the file is missing; it comes with the data set") from None
+
+
+def find_layout(
+    root: Root, patterns: Sequence[str], path_of: Callable[[str, int], str], count: int, list_file: str
+) -> str:
+    """The first pattern under which one of the first clips exists."""
+    for place, pattern in itertools.product(range(min(count, PROBED_CLIPS)), patterns):
+        if storage.is_file(storage.join(root, split_segment(path_of(pattern, place))[0])):
+            return pattern
+    if not count:
+        raise ConfigError(f"{list_file}: the list is empty")
+    examples = ", ".join(path_of(pattern, 0) for pattern in patterns[:2])
+    raise ConfigError(
+        f"--data-root {root}: none of the first clips of {list_file.rpartition('/')[2]} is there; "
+        f"looked for {examples}, ..."
+    )

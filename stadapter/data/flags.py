@@ -1,0 +1,58 @@
+"""The flags about reading clips that every command shares. None of them changes a number."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+from stadapter.config import ConfigError
+from stadapter.data.decoding import Backend, check_backend
+from stadapter.data.storage import DEFAULT_SPILL_GB
+
+DEFAULT_MAX_BAD_SHARE = 0.05
+DEFAULT_TIME_LIMIT_S = 60.0
+
+
+def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--decoder", choices=get_args(Backend), default="auto",
+        help="what reads video files; all give the same frames (default: %(default)s, the fastest that is exact)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-gb", type=float, default=0.0, metavar="GB",
+        help="keep decoded frames on this much of each node's disk, in $STADAPTER_CACHE or ~/.cache/stadapter: the "
+        "next trial of the same seed decodes nothing (default: 0, none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-bad-share", type=float, default=DEFAULT_MAX_BAD_SHARE, metavar="SHARE",
+        help="stop when more than this share of a list's clips cannot be read (default: %(default)s); fewer are "
+        "replaced in training, counted as wrong in testing, and reported",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clip-time-limit", type=float, default=DEFAULT_TIME_LIMIT_S, metavar="SECONDS",
+        help="give up reading a clip after this long (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spill-gb", type=float, default=DEFAULT_SPILL_GB, metavar="GB",
+        help="local disk for copies of clips that lie at an address such as s3://... (default: %(default)g)",
+    )  # fmt: skip
+
+
+def reading_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """As fields of `train.Operation`; ConfigError for a value that cannot work."""
+    if not 0 <= options.max_bad_share <= 1:
+        raise ConfigError(f"--max-bad-share {options.max_bad_share}: must be in [0, 1]")
+    if options.clip_time_limit <= 0:
+        raise ConfigError(f"--clip-time-limit {options.clip_time_limit:g}: must be above 0 seconds")
+    if options.spill_gb < 0:
+        raise ConfigError(f"--spill-gb {options.spill_gb:g}: must be at least 0")
+    if options.cache_gb < 0:
+        raise ConfigError(f"--cache-gb {options.cache_gb:g}: must be at least 0")
+    check_backend(options.decoder)
+    return {
+        "decoder": options.decoder,
+        "cache_gb": options.cache_gb,
+        "max_bad_share": options.max_bad_share,
+        "clip_time_limit_s": options.clip_time_limit,
+        "spill_gb": options.spill_gb,
+    }

@@ -1,0 +1,188 @@
+"""Files by path or address: local ones as they are, remote ones (`s3://...`, whatever fsspec reads) by way of a spill.
+
+A remote video is copied once into a local folder of bounded size and decoded from there; the files used least recently
+make room. A copy is written beside its place and renamed, so no process ever reads half of one. A remote file that
+changes under the same address is not noticed: clips of a data set do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from stadapter.config import ConfigError
+
+Root = str | os.PathLike[str]
+
+DEFAULT_SPILL_GB = 50.0
+_SCAN_SHARE = 64  # the spill is measured each time a process has added this part of its limit
+
+
+@dataclass(frozen=True)
+class Spill:
+    """Where copies of remote files are kept, and how many bytes of them (beyond that by 1/64 per process)."""
+
+    folder: Path
+    limit_bytes: int
+
+
+def default_spill(gigabytes: float = DEFAULT_SPILL_GB) -> Spill:
+    """In $STADAPTER_CACHE, or in ~/.cache/stadapter."""
+    cache = Path(os.environ.get("STADAPTER_CACHE") or Path.home() / ".cache" / "stadapter")
+    return Spill(cache / "spill", int(gigabytes * 1e9))
+
+
+def data_root(text: str) -> str:
+    """A --data-root as it is handed on: an address unchanged, a path absolute."""
+    return text if is_remote(text) else os.path.abspath(text)
+
+
+def is_remote(path: Root) -> bool:
+    return "://" in os.fspath(path)
+
+
+def join(root: Root, path: str) -> str:
+    """`path` under `root`; an absolute path or an address stays as it is."""
+    if is_remote(path) or not is_remote(root):
+        return path if is_remote(path) else os.path.join(root, path)
+    return f"{os.fspath(root).rstrip('/')}/{path}"
+
+
+def is_file(path: Root) -> bool:
+    if not is_remote(path):
+        return os.path.isfile(path)
+    with _errors(path):
+        system, place = _filesystem(path)
+        return system.isfile(place)
+
+
+def is_folder(path: Root) -> bool:
+    if not is_remote(path):
+        return os.path.isdir(path)
+    with _errors(path):
+        system, place = _filesystem(path)
+        return system.isdir(place)
+
+
+def list_folder(path: Root) -> tuple[list[str], list[str]]:
+    """(names of folders, names of files) directly in a folder, each sorted."""
+    if not is_remote(path):
+        with os.scandir(path) as found:
+            entries = [(entry.name, entry.is_dir()) for entry in found]
+    else:
+        with _errors(path):
+            system, place = _filesystem(path)
+            listed = system.ls(place, detail=True)
+        entries = [(entry["name"].rstrip("/").rsplit("/", 1)[-1], entry["type"] == "directory") for entry in listed]
+    folders = sorted(name for name, is_dir in entries if is_dir)
+    return folders, sorted(name for name, is_dir in entries if not is_dir)
+
+
+@contextlib.contextmanager
+def open_text(path: Root) -> Iterator[IO[str]]:
+    """A text file in UTF-8, its line ends untouched; FileNotFoundError where it is missing."""
+    with contextlib.ExitStack() as stack:
+        if is_remote(path):
+            with _errors(path):
+                system, place = _filesystem(path)
+                file = stack.enter_context(system.open(place, "r", encoding="utf-8-sig", newline=""))
+        else:
+            file = stack.enter_context(open(path, encoding="utf-8-sig", newline=""))
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{os.fspath(path)}: is not text in UTF-8 ({error.reason}); save it as UTF-8") from None
+
+
+def local_copy(path: str, spill: Spill) -> str:
+    """The path of a file that can be opened here: `path` itself, or the spilled copy of an address.
+
+    OSError where it cannot be read. Another process may remove the copy to make room before it is opened: ask again.
+    """
+    if not is_remote(path):
+        return path
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
+    copy = spill.folder / digest[:2] / (digest + os.path.splitext(path)[1])
+    with contextlib.suppress(FileNotFoundError):
+        _mark_used(copy)
+        return str(copy)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(suffix=".part", dir=copy.parent)
+    try:
+        try:
+            system, place = _filesystem(path)
+            with open(handle, "wb") as target, system.open(place, "rb") as source:
+                shutil.copyfileobj(source, target, 2**20)
+        except OSError:
+            raise
+        except Exception as error:  # each of fsspec's back ends has errors of its own
+            raise OSError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+        size = os.path.getsize(part)
+        _mark_used(part)
+        os.replace(part, copy)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+    _make_room(spill, size, copy)
+    return str(copy)
+
+
+def _mark_used(copy: Root) -> None:
+    """Used now: what was used longest ago goes first. The time of change is always 0, since caches go by it."""
+    os.utime(copy, (time.time(), 0))
+
+
+_added: dict[Path, int] = {}  # bytes that this process has put into a spill since it last measured it
+
+
+def _make_room(spill: Spill, size: int, newest: Path) -> None:
+    """Remove the files used least recently until the spill is within its limit; never the newest."""
+    from filelock import FileLock
+
+    _added[spill.folder] = _added.get(spill.folder, 0) + size
+    if _added[spill.folder] * _SCAN_SHARE < spill.limit_bytes:
+        return
+    _added[spill.folder] = 0
+    with FileLock(spill.folder / ".lock"):
+        kept: list[tuple[float, int, str]] = []
+        for folder, _, names in os.walk(spill.folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    stat = os.stat(os.path.join(folder, name))
+                    kept.append((stat.st_atime, stat.st_size, os.path.join(folder, name)))
+        total = sum(bytes_ for _, bytes_, _ in kept)
+        for _, bytes_, name in sorted(kept):
+            if total <= spill.limit_bytes:
+                break
+            if name != str(newest) and not name.endswith((".part", ".lock")):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+                total -= bytes_
+
+
+def _filesystem(path: Root) -> tuple[Any, str]:
+    import fsspec
+
+    system, place = fsspec.core.url_to_fs(os.fspath(path))
+    return system, place
+
+
+@contextlib.contextmanager
+def _errors(path: Root) -> Iterator[None]:
+    """What goes wrong with an address the user gave, as a ConfigError; a missing file stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"{os.fspath(path)}: needs a package that is not installed ({error})") from None
+    except Exception as error:  # each of fsspec's back ends has errors of its own
+        raise ConfigError(f"{os.fspath(path)}: cannot be read ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,75 @@
+"""The plain reference agrees with the package, and a short run of what the benchmarks measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import memory, plain
+from benchmarks.data import EXACT_LIMIT, KINETICS, SSV2, measure, our_ways, peak_mib, plain_ways
+from stadapter.config import ConfigError, DataConfig
+from stadapter.data.annotations import ClipList
+from stadapter.data.cache import GB, ClipCache
+from stadapter.data.clips import ClipDataset
+from stadapter.data.decoding import check_backend, decode
+from stadapter.data.sampling import dense_indices
+from stadapter.data.transforms import train_pixels
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark")
+    plain.write_clip(folder / "short.mp4", 0, seconds=0.5)
+    return plain.write_clip(folder / "clip.mp4", 0, seconds=2)
+
+
+@pytest.mark.parametrize("config", [KINETICS, SSV2])
+def test_exact_test_views_are_the_plain_ones(clip: Path, config: DataConfig) -> None:
+    config = dataclasses.replace(config, resize="exact", frame_stride=4)
+    clips = ClipList("folder", "val", str(clip.parent), [clip.name], [0], [False], ("a",))
+    pixels = ClipDataset(clips, config, 0, train=False)[0]["pixels"]
+    torch.testing.assert_close(pixels, plain.test_pixels(clip, config), rtol=0, atol=EXACT_LIMIT)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_training_pixels_are_the_plain_ones(clip: Path, seed: int) -> None:
+    config = dataclasses.replace(KINETICS, resize="exact", frame_stride=4)
+    rng = np.random.default_rng(seed)
+    frames = decode(clip, lambda total: dense_indices(total, config.num_frames, config.frame_stride, rng))
+    pixels = train_pixels(frames, config, rng)
+    torch.testing.assert_close(pixels, plain.train_pixels(clip, config, seed), rtol=0, atol=EXACT_LIMIT)
+
+
+def test_the_lean_reference_gives_the_plain_pixels(clip: Path) -> None:
+    full, lean = (plain.train_pixels(clip, KINETICS, 3, lean=lean) for lean in (False, True))
+    torch.testing.assert_close(lean, full, rtol=0, atol=EXACT_LIMIT)
+
+
+def test_every_way_is_measured(clip: Path, tmp_path: Path) -> None:
+    methods = our_ways(ClipCache(clip.parent, GB, "", tmp_path))
+    ms = measure(plain_ways() | {method.name: method.run for method in methods}, [clip], rounds=1)
+    assert all(ms[method.name] > 0 and method.reference in ms for method in methods)
+    assert ms["temporal"] > ms["test clip, 3 temporal views"]
+
+
+def test_a_test_clip_needs_far_less_memory_than_the_plain_way(clip: Path) -> None:
+    (ours,) = (
+        m.run for m in our_ways(ClipCache(clip.parent, GB, "", clip.parent / "c")) if m.name.endswith("spatial views")
+    )
+    assert peak_mib(ours, clip) < 143
+
+
+@pytest.mark.parametrize(("way", "opens"), [("pyav", 1500), ("cache", 1500), ("decord", 500), ("torchcodec", 500)])
+def test_many_random_opens_hold_memory_flat(way: str, opens: int, tmp_path: Path) -> None:
+    if way != "cache":
+        try:
+            check_backend(way)
+        except ConfigError as error:
+            pytest.skip(str(error))
+    resident = memory.resident_mib(opens, way, memory.write_files(tmp_path))
+    # A frame kept by mistake has at least 9 KiB: four per open would be 16 MiB and more.
+    assert memory.growth_mib(resident) < 8

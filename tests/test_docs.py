@@ -1,0 +1,29 @@
+"""The commands in docs/ that are said to be tested."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- tested -->\n)?```bash\n(.*?)```", re.DOTALL)
+
+
+def test_every_command_is_tested_or_says_what_it_needs() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        for tested, block in BLOCK.findall(page.read_text()):
+            assert tested or block.startswith("# needs "), block
+
+
+def test_the_way_from_a_folder_to_a_training_works_as_written(clip_folder: Path, tmp_path: Path) -> None:
+    blocks = [block for tested, block in BLOCK.findall((ROOT / "docs" / "data.md").read_text()) if tested]
+    for block in blocks:
+        words = shlex.split(block.replace("\\\n", " ").replace("/data/mine", str(clip_folder)))
+        assert words[0] == "python"
+        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "checked" / "report.csv").exists()
+    assert (tmp_path / "runs" / "first" / "result.json").exists()

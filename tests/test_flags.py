@@ -1,0 +1,35 @@
+"""The flags about reading clips, alike in every command."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from stadapter.config import ConfigError
+from stadapter.data.flags import add_reading_flags, reading_flags
+from stadapter.train import Operation
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_reading_flags(parser)
+    return parser.parse_args(words)
+
+
+def test_the_flags_default_to_what_a_training_defaults_to() -> None:
+    assert Operation(**reading_flags(parse())) == Operation()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-bad-share", "1.5"], r"--max-bad-share 1.5: must be in \[0, 1\]"),
+        (["--clip-time-limit", "0"], r"--clip-time-limit 0: must be above 0 seconds"),
+        (["--spill-gb", "-1"], r"--spill-gb -1: must be at least 0"),
+        (["--cache-gb", "-1"], r"--cache-gb -1: must be at least 0"),
+    ],
+)
+def test_a_value_that_cannot_work_is_a_config_error(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reading_flags(parse(*words))
