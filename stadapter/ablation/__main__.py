@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stadapter.ablation import table
 from stadapter.ablation.cli import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
-from stadapter.ablation.trial import SWEEP, load_sweep, records
+from stadapter.ablation.trial import load_sweep, records, sweep_folders
 from stadapter.config import ConfigError
 
 DEFAULT_UI_PORT = 5000
@@ -53,13 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _sweep_folders(output: Path) -> list[Path]:
-    folders = sorted(path.parent for path in output.glob(f"sweeps/*/{SWEEP}"))
-    if not folders:
-        raise ConfigError(f"--output {output}: there is no sweep in this folder")
-    return folders
-
-
 def _ui(options: argparse.Namespace) -> int:
     store = options.tracking_uri
     if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
@@ -89,7 +82,7 @@ def _ui(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    for folder in _sweep_folders(options.output):
+    for folder in sweep_folders(options.output):
         sweep = load_sweep(folder)
         print(f"{sweep.question}\n\n{table.to_text(sweep, records(sweep, options.output))}")
     return 0
@@ -98,7 +91,7 @@ def _table(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from stadapter.ablation.tracking import sync
 
-    for folder in _sweep_folders(options.output):
+    for folder in sweep_folders(options.output):
         sweep = load_sweep(folder)
         finished, begun = sync(sweep, options.output.resolve(), options.tracking_uri)
         print(f"{folder.name}: {finished} finished trials and {begun} begun ones are in {options.tracking_uri}")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from stadapter import config, recipes, record
 from stadapter.ablation import table
 from stadapter.ablation.terminal import Terminal
-from stadapter.ablation.trial import Arm, Sweep, Trial, make_sweep, records, save_sweep
+from stadapter.ablation.trial import SWEEP, Arm, Sweep, Trial, make_sweep, records, save_sweep
 from stadapter.config import ConfigError, Recipe
 
 if TYPE_CHECKING:
@@ -47,12 +47,13 @@ def main(
 ) -> None:
     """Run the ablation script's command line and exit.
 
-    `doc` is the script's docstring, its first paragraph the question. `make_arm` turns the recipe and one of `values`
-    (or of the words given to --values) into an arm; what it cannot read is a ConfigError.
+    `doc` is the script's docstring, its first paragraph the question, the one after 'Expected:' what should come out.
+    `make_arm` turns the recipe and one of `values` (or of the words given to --values) into an arm; what it cannot
+    read is a ConfigError.
     """
     options = _parser(doc, name, values).parse_args(arguments)
     try:
-        code = _run(doc.strip().split("\n\n")[0].replace("\n", " "), name, make_arm, options)
+        code = _run(doc, name, make_arm, options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -144,12 +145,12 @@ def _field_help() -> str:
     return "\n".join(lines) + "\n  (values shown: the embedded recipe's)"
 
 
-def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], options: argparse.Namespace) -> int:
+def _run(doc: str, name: str, make_arm: Callable[[Recipe, str], Arm], options: argparse.Namespace) -> int:
     _check_numbers(options)
     if options.dashboard_port is not None:
         check_port("--dashboard-port", options.dashboard_port)
     num_gpus = _num_gpus(options)
-    sweep = _make_sweep(question, name, make_arm, options, default_recipe="ssv2_clip_b16" if num_gpus else "embedded")
+    sweep = _make_sweep(doc, name, make_arm, options, default_recipe="ssv2_clip_b16" if num_gpus else "embedded")
 
     # Everything that can be wrong with the input shows before anything is started or written.
     from stadapter.cost import cost_of
@@ -238,14 +239,17 @@ def check_port(flag: str, port: int) -> None:
 
 
 def _make_sweep(
-    question: str, name: str, make_arm: Callable[[Recipe, str], Arm], options: argparse.Namespace, default_recipe: str
+    doc: str, name: str, make_arm: Callable[[Recipe, str], Arm], options: argparse.Namespace, default_recipe: str
 ) -> Sweep:
     fields = dict(config.parse_override(text) for text in options.overrides)
     if "seed" in fields:
         raise ConfigError("--set seed: seeds are 0 ... N - 1 of --seeds N")
     recipe = config.replace(recipes.get(options.recipe or default_recipe), **fields)
     recipe = recipes.with_weights(recipe, options.weights)
-    return make_sweep(name, question, recipe, [make_arm(recipe, value) for value in options.values], options.seeds)
+    arms = [make_arm(recipe, value) for value in options.values]
+    paragraphs = [paragraph.replace("\n", " ") for paragraph in doc.strip().split("\n\n")]
+    expected = next((p.removeprefix("Expected: ") for p in paragraphs if p.startswith("Expected: ")), "")
+    return make_sweep(name, paragraphs[0], recipe, arms, options.seeds, expected)
 
 
 def _launch(sweep: Sweep, output: Path, operation: Operation, resources: Resources, options: argparse.Namespace) -> int:
@@ -291,7 +295,7 @@ def _launch(sweep: Sweep, output: Path, operation: Operation, resources: Resourc
     print(f"\n{sweep.question}\n\n{table.to_text(sweep, found)}")
     unfinished = sum(result is None for result in found)
     if mirror is not None:
-        mirror.finish([folder / file for file in files], "FAILED" if unfinished else "FINISHED")
+        mirror.finish([folder / file for file in (SWEEP, *files)], "FAILED" if unfinished else "FINISHED")
     if unfinished:
         print(f"{unfinished} of {len(found)} trials have no result. The same command runs these again, and only these.")
         return 130 if terminal.failed < unfinished else 1
