@@ -48,9 +48,9 @@ class Row:
 
     @property
     def hole(self) -> str:
-        """What a reader must know about missing trials; empty when there is nothing to say."""
+        """What a reader must know about missing trials, `1 of 2`; empty when there is nothing to say."""
         wanted, there = len(self.trials), len(self.top1_by_seed)
-        return "" if there == wanted else f"{wanted - there} of {wanted} missing"
+        return "" if there == wanted else f"{there} of {wanted}"
 
 
 def default_arm(sweep: Sweep) -> str:
@@ -130,7 +130,6 @@ def _number(value: float | None, form: str) -> str:
 
 def _cells(row: Row) -> dict[str, str]:
     difference = row.difference
-    there = len(row.top1_by_seed)
     return {
         "arm": row.arm,
         "top-1 %": mean_and_spread(row.top1) + (DIVERGED if row.diverged else ""),
@@ -143,7 +142,7 @@ def _cells(row: Row) -> dict[str, str]:
         "MiB": _number(row.peak_memory_mib, ".0f"),
         "seconds": _number(row.seconds, ".0f"),
         "paper %": str(row.published) if row.published else DASH,
-        "seeds": f"{there} ({row.hole})" if row.hole else str(there),
+        "seeds": row.hole or str(len(row.top1_by_seed)),
     }
 
 
@@ -168,8 +167,8 @@ def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
         lines.append("One seed per arm: no error bar, interval or p-value can be given; --seeds 3 adds seeds.")
     elif any(row.top1 and row.top1.n == 1 for row in rows):
         lines.append("An arm with one finished seed has no error bar.")
-    if any(row.hole for row in rows):
-        lines.append("Missing trials have no result; means and differences stand on the seeds that finished.")
+    if holes := [f"{row.arm} ({row.hole} seeds finished)" for row in rows if row.hole]:
+        lines.append(f"INCOMPLETE: {', '.join(holes)}; means and differences stand on the seeds that finished.")
     if any(row.diverged for row in rows):
         lines.append(f"{DIVERGED} the training of at least one seed diverged; its number is in the mean.")
     lines.append("GMACs count all test views of a clip; MiB is the highest peak memory; seconds are per trial.")
