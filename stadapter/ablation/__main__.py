@@ -1,4 +1,4 @@
-"""`python -m stadapter.ablation`: look at sweeps that have run."""
+"""`python -m stadapter.ablation`: look at sweeps that have run, and search for settings to run them with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stadapter.ablation import table
+from stadapter.ablation import table, tune
 from stadapter.ablation.cli import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
 from stadapter.ablation.trial import load_sweep, records, sweep_folders
 from stadapter.config import ConfigError
@@ -18,8 +18,8 @@ DEFAULT_UI_PORT = 5000
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m stadapter.ablation",
-        description="Look at sweeps that have run.",
-        epilog="exit codes: 0 done; 2 the input cannot work",
+        description="Look at sweeps that have run, and search for settings to run them with.",
+        epilog="exit codes: 0 done; 1 a search without a finished trial; 2 the input cannot work",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -33,11 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
         help="bring an MLflow store up to date",
         description="Replay the records of every sweep into an MLflow store; nothing is written twice.",
     )
+    tuned = commands.add_parser(
+        "tune",
+        help="search for optimiser settings",
+        description="Search learning rate, weight decay, warm-up and dropout on the validation split with Optuna. "
+        "Trials of the --output that finished before are known to the search.",
+    )
+    tune.add_arguments(tuned)
     for command in (ui, sync):
         command.add_argument(
             "--tracking-uri", default=DEFAULT_STORE, metavar="URI", help="the MLflow store (default: %(default)s)"
         )
-    for command in (shown, sync):
+    for command in (shown, sync, tuned):
         command.add_argument(
             "--output",
             type=Path,
@@ -47,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     options = parser.parse_args(arguments)
     try:
-        return {"ui": _ui, "table": _table, "sync": _sync}[options.command](options)
+        return {"ui": _ui, "table": _table, "sync": _sync, "tune": tune.run}[options.command](options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stadapter.config import Recipe
+from stadapter.config import AdapterConfig, Recipe
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper.toml"
 MARKS = {"verified": "✓", "derived": "✓", "unverified": "?"}
@@ -47,8 +47,8 @@ def published(recipe: Recipe, trainable_params: int | None = None) -> Published 
     """
     data, adapter = recipe.data, recipe.adapter
     backbone = _BACKBONES.get(recipe.backbone.name)
-    plain = recipe.strategy == "st_adapter" and adapter.blocks is None and adapter.activation == "none"
-    if backbone is None or not plain:
+    plain = AdapterConfig(adapter.bottleneck_width, adapter.kernel_size, placement=adapter.placement)
+    if backbone is None or recipe.strategy != "st_adapter" or adapter != plain:
         return None
     here = (data.dataset, backbone, data.num_frames)
     setting = _known()["recipe"].get(data.dataset, {})
