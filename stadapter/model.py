@@ -139,8 +139,6 @@ class VideoClassifier(nn.Module):
         first, last = self._first_trained_block(), len(self.vit.blocks) - 1
         with _graph_if(first < 0):
             x_MSD = self.vit.embed(pixels_MCHW)
-            if self.time is not None:
-                x_MSD = self.time.embed(x_MSD)
         for index in range(last + 1):
             with _graph_if(index >= first):  # below the first trained block nothing needs a gradient
                 x_MSD = self._block(index, x_MSD, num_frames, cls_only=index == last and self.pool is None)
@@ -152,7 +150,7 @@ class VideoClassifier(nn.Module):
         block, key = self.vit.blocks[index], str(index)
         input_MSD = x_MSD
         if self.time is not None:
-            x_MSD = self.time.blocks[index](x_MSD, num_frames)
+            x_MSD = self.time(x_MSD, index)
         if key in self.before:
             x_MSD = self.before[key](x_MSD, num_frames)
         seen_MSD = x_MSD

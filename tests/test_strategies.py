@@ -5,18 +5,27 @@ from __future__ import annotations
 import re
 import typing
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from stadapter import recipes
+from stadapter import recipes, record
 from stadapter.config import ConfigError, Placement, Recipe, Strategy, replace
 from stadapter.cost import cost_of
-from stadapter.model import VideoClassifier, build_model, load_trainable_state, trainable_parameters, trainable_state
+from stadapter.model import (
+    VideoClassifier,
+    build_model,
+    cast_frozen,
+    load_trainable_state,
+    trainable_parameters,
+    trainable_state,
+)
 from stadapter.recipes import for_strategy
-from stadapter.train import make_optimizer
+from stadapter.train import Operation, make_optimizer, train
 
 EMBEDDED = replace(recipes.embedded, **{"backbone.weights": "seed:0", "data.num_frames": 4})
 STRATEGIES = typing.get_args(Strategy)
@@ -173,7 +182,7 @@ def test_divided_attention_lets_a_patch_see_its_own_place_in_other_frames_only()
     x_MSD = torch.randn(2 * 4, 26, 96)
     changed = x_MSD.clone()
     changed[1, 7] = torch.randn(96)
-    difference = (attention.blocks[0](changed, 4) - attention.blocks[0](x_MSD, 4)).abs().amax(-1)
+    difference = (attention(changed, 0) - attention(x_MSD, 0)).abs().amax(-1)
     places = {tuple(place) for place in (difference > 1e-4).nonzero().tolist()}
     assert places == {(frame, 7) for frame in range(4)}
 
@@ -197,6 +206,34 @@ def test_settings_of_a_strategy_are_the_recipes_times_its_own(strategy: Strategy
     )
     assert back == recipes.embedded_digits
     assert for_strategy(recipes.embedded, "st_adapter") == recipes.embedded
+
+
+@pytest.mark.parametrize("frozen_in_half", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bfloat16_autocast_is_close_to_float32(strategy: Strategy, frozen_in_half: bool) -> None:
+    model, pixels = awaken(model_for(strategy)), clips()
+    expected = model(pixels)
+    if frozen_in_half:
+        cast_frozen(model, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(pixels)
+        F.cross_entropy(logits, torch.arange(2)).backward()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+    assert all(parameter.grad.dtype == torch.float32 for parameter in trainable_parameters(model).values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_training_goes_from_clips_to_a_record(
+    strategy: Strategy, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+) -> None:
+    recipe = replace(for_strategy(tiny_recipe, strategy), **{"optim.epochs": 1})
+    result = train(recipe, tmp_path, Operation(data_root=clip_folder))
+    assert result["recipe"]["strategy"] == strategy
+    assert result["trainable_params"] == cost_of(recipe).trainable_params
+    assert isinstance(result["diverged"], bool)
+    saved = load_file(tmp_path / record.TRAINED)
+    assert sum(tensor.numel() for tensor in saved.values()) == result["trainable_params"]
 
 
 # --- placements and options of the adapter
