@@ -6,6 +6,7 @@
 The functions are the ones that the notebooks call.
 """
 
+from analysis import content, figures
 from analysis.content import finding
 from analysis.figures import draw
 from analysis.frames import arms_frame, trials_frame
@@ -16,7 +17,9 @@ from analysis.tables import to_latex
 __all__ = [
     "Answer",
     "arms_frame",
+    "content",
     "draw",
+    "figures",
     "finding",
     "from_folder",
     "from_mlflow",

@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")  # files, also where there is no display; a notebook shows the figure itself
-
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -76,7 +73,7 @@ def draw(answer: Answer) -> Figure:
         for axes in others:
             _limit(axes, rows, vertical=True)
         if len(tradeoffs) or not factor.is_number:
-            figure.canvas.draw()  # fixes the layout, which the labels are fitted into
+            figure.draw_without_rendering()  # fixes the layout, which the labels are fitted into
             for axes in others:
                 label_points(axes, [_short(row) for row in rows])
         return figure
