@@ -120,13 +120,14 @@ def make_optimizer(model: VideoClassifier, optim: OptimConfig) -> torch.optim.Ad
     )
 
 
-def diverged(train_losses: Sequence[float], num_classes: int) -> bool:
-    """Whether the last epoch's mean loss is no better than guessing's, ln(num_classes): within 2 % of it, or above.
+def diverged(train_losses: Sequence[float], *num_classes: int) -> bool:
+    """Whether the last epoch's mean loss is no better than guessing's, ln K: within 2 % of it, or above.
 
-    Such an accuracy says nothing about the arm. A rate that is too high is the usual cause; a task that cannot be
-    learned by construction, two classes that only time tells apart and no temporal kernel, looks the same.
+    `num_classes` is one K per head, whose losses are summed. Such an accuracy says nothing about the arm. A rate that
+    is too high is the usual cause; a task that cannot be learned by construction (two classes that only time tells
+    apart, and no temporal kernel) looks the same.
     """
-    return not train_losses[-1] < 0.98 * math.log(num_classes)
+    return not train_losses[-1] < 0.98 * sum(map(math.log, num_classes))
 
 
 def dropout_mask(seed: int, step: int, global_batch: int, width: int, p: float) -> Tensor:

@@ -97,6 +97,11 @@ def test_the_schedule_keeps_the_ratio_of_the_two_rates(
 )
 def test_a_loss_no_better_than_guessing_is_called_diverged(train_losses: list[float], is_diverged: bool) -> None:
     assert diverged(train_losses, 12) == is_diverged  # ln 12 = 2.485
+    assert diverged(train_losses, 3, 4) == is_diverged  # two heads: ln 3 + ln 4
+
+
+def test_a_loss_that_is_no_number_is_called_diverged() -> None:
+    assert diverged([math.nan], 12)
 
 
 def test_the_peak_rate_is_linear_in_the_global_batch(tiny_recipe: Recipe) -> None:
