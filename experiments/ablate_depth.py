@@ -42,7 +42,7 @@ def make_arm(recipe: Recipe, value: str) -> Arm:
         chosen = {"last": blocks[-count:], "first": blocks[:count], "every": blocks[::-count][::-1]}[kind]
         return Arm(f"{kind} {count}", {"adapter.blocks": tuple(chosen)})
     if value == "all":
-        return Arm("all blocks", {"adapter.blocks": tuple(blocks)})
+        return Arm("all blocks", {"adapter.blocks": None})  # as the recipes say it: the same training, shared
     if not re.fullmatch(r"\d+(,\d+)*", value):
         raise ConfigError(f"--values {value}: expected last3, first3, every2, all, or block indices such as 0,2,4")
     label = "blocks" if "," in value else "block"
