@@ -32,6 +32,7 @@ Strategy = Literal[
     "st_adapter",
     "full",
     "full_space_time",
+    "full_st_adapter",
 ]
 Sampling = Literal["uniform", "dense"]
 Precision = Literal["float32", "bfloat16", "float16"]

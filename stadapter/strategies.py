@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def uses_adapters(strategy: Strategy) -> bool:
     """Whether a model for this strategy carries adapters at all: ST-Adapters, or plain ones."""
-    return strategy in ("st_adapter", "adapter")
+    return strategy in ("st_adapter", "adapter", "full_st_adapter")
 
 
 def freeze(
@@ -32,6 +32,7 @@ def freeze(
     - `adapter`, `st_adapter`: the adapters
     - `full`: the whole backbone
     - `full_space_time`: the whole backbone, and attention over time in every block
+    - `full_st_adapter`: the whole backbone, and ST-Adapters
 
     `train_final_norm` adds the norm between the backbone and the head. An adapter that can never receive a gradient
     (`model.dead_adapters`) is not trained, whatever the strategy: an optimiser would only decay it.
@@ -51,7 +52,7 @@ def freeze(
 
 def _trained_modules(model: VideoClassifier, strategy: Strategy, rival: RivalConfig) -> list[nn.Module]:
     """The modules that are trained as a whole."""
-    if strategy in ("full", "full_space_time"):
+    if strategy in ("full", "full_space_time", "full_st_adapter"):
         return [model]
     added = [*model.adapters(), *model.lora, model.prompts, model.temporal, model.pool]
     trained = [model.head, *(module for module in added if module is not None)]

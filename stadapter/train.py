@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def make_optimizer(model: VideoClassifier, optim: OptimConfig) -> torch.optim.Ad
     return torch.optim.AdamW(
         [
             {"params": params, "lr": optim.peak_lr * lr_factor, "lr_factor": lr_factor, "weight_decay": weight_decay}
-            for (lr_factor, weight_decay), params in groups.items()
+            for (lr_factor, weight_decay), params in sorted(groups.items(), key=itemgetter(0), reverse=True)
         ],
         betas=optim.betas,
         fused=True,

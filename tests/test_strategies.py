@@ -29,7 +29,7 @@ from stadapter.train import Operation, make_optimizer, train
 
 EMBEDDED = replace(recipes.embedded, **{"backbone.weights": "seed:0", "data.num_frames": 4})
 STRATEGIES = typing.get_args(Strategy)
-SEES_TIME = ("attentional_pooling", "temporal", "st_adapter", "full_space_time")
+SEES_TIME = ("attentional_pooling", "temporal", "st_adapter", "full_space_time", "full_st_adapter")
 
 # What each strategy trains, besides the head: names of all parameters, and of nothing else.
 ADAPTER = r"before\.[0-5]\.(down|up)\.(weight|bias)"
@@ -44,6 +44,7 @@ TRAINED = {
     "adapter": ADAPTER,
     "st_adapter": rf"{ADAPTER}|before\.[0-5]\.conv\.(weight|bias)",
     "full": r"vit\..*",
+    "full_st_adapter": rf"vit\..*|{ADAPTER}|before\.[0-5]\.conv\.(weight|bias)",
     "full_space_time": r"vit\..*|time\.(frame|blocks\.[0-5]\.(norm|qkv|proj|out)\.(weight|bias))",
 }
 
