@@ -103,7 +103,7 @@ def _significant(row: Row) -> bool:
 def _difference(row: Row) -> str:
     assert row.difference is not None
     p = table.p_text(row.difference.p_holm)
-    return f"{row.arm} {row.difference.mean:+.1f} points (p {p if p.startswith('<') else '= ' + p})"
+    return f"{row.arm} {table.signed(row.difference.mean)} points (p {p if p.startswith('<') else '= ' + p})"
 
 
 def runs(answer: Answer) -> list[list[str]]:

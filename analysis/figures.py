@@ -129,6 +129,10 @@ def _draw_factor(axes: Axes, factor: Factor) -> None:
             **_BAR,
         )
     _ring_default(axes, [(x, row) for s in factor.shifted() for x, row in zip(s.x, s.rows, strict=True)])
+    points = [(x, row.published) for s in factor.series for x, row in zip(s.x, s.rows, strict=True)]
+    published = [(x, value.top1) for x, value in points if value]
+    if published:
+        axes.plot(*zip(*published, strict=True), "*", color=INK, ms=11, label="published")
     if factor.is_log:
         axes.set_xscale("log", base=2)
     ticks = sorted({x for series in factor.series for x in series.x})
@@ -233,6 +237,7 @@ def _limit(axes: Axes, rows: Sequence[Row], *, vertical: bool) -> None:
     """Room for the seeds and bars, at least four points of accuracy, and not far beyond 0 and 100."""
     ends = [row.top1.mean + sign * (row.top1.sd or 0.0) for row in rows if row.top1 for sign in (-1, 1)]
     values = ends + [value for row in rows for value in row.top1_by_seed.values()]
+    values += [row.published.top1 for row in rows if row.published]
     span = max(max(values) - min(values), 4.0)
     low, high = max(-2.0, min(values) - 0.15 * span), min(100.0 + 0.05 * span, max(values) + 0.15 * span)
     (axes.set_ylim if vertical else axes.set_xlim)(low, high)

@@ -224,3 +224,22 @@ def test_bad_input_has_a_one_line_answer(flags: list[str], message: str) -> None
 
 def test_the_sweeps_of_a_folder_are_found_by_name(output: Path) -> None:
     assert [path.name for path in sweep_folders(output)] == ["kernel-embedded", "placement-embedded", "width-embedded"]
+
+
+def test_the_command_line_of_sweeps_stays_light() -> None:
+    code = "import sys, stadapter.ablation.__main__; print([m for m in HEAVY if m in sys.modules])"
+    code = code.replace("HEAVY", "('torch', 'ray', 'mlflow', 'scipy', 'pandas', 'optuna', 'matplotlib')")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+def test_published_values_are_shown_with_their_status_and_source() -> None:
+    arms = [Arm("width 384", {"adapter.bottleneck_width": 384}), Arm("width 192", {"adapter.bottleneck_width": 192})]
+    sweep = make_sweep("width", "?", recipes.kinetics400_clip_b16, arms, 2)
+    found = analysis.Answer(sweep, [made_up.result(trial, 80.0 + trial.seed) for trial in sweep.trials])
+    header, known, unknown = table.grid(found.rows)
+    paper = header.index("paper %")
+    assert (known[paper], unknown[paper]) == ("82.0 ✓", "-")
+    assert any("STAN, Table 4" in note and "(verified)" in note for note in found.notes)
+    assert "82.0 $^{\\mathrm{v}}$" in analysis.to_latex(found)
+    (stars,) = [line for line in analysis.draw(found).axes[0].lines if line.get_label() == "published"]
+    assert (list(stars.get_xdata()), list(stars.get_ydata())) == ([384.0], [82.0])

@@ -118,6 +118,11 @@ def p_text(p: float | None) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def signed(value: float | None) -> str:
+    """`+1.2`, `-0.4`, or a dash; what rounds to nothing has no minus."""
+    return DASH if value is None else f"{round(value, 1) + 0.0:+.1f}"
+
+
 def _interval(summary: Summary | None) -> str:
     if summary is None or summary.low is None or summary.high is None:
         return DASH
@@ -134,7 +139,7 @@ def _cells(row: Row) -> dict[str, str]:
         "arm": row.arm,
         "top-1 %": mean_and_spread(row.top1) + (DIVERGED if row.diverged else ""),
         "95 % interval": _interval(row.top1),
-        "Δ": "default" if row.is_default else _number(difference.mean if difference else None, "+.1f"),
+        "Δ": "default" if row.is_default else signed(difference.mean if difference else None),
         "p (Holm)": p_text(difference.p_holm if difference else None),
         "direction %": mean_and_spread(row.direction_top1),
         "trainable": _number(row.trainable_params, ","),
