@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from stadapter.config import ConfigError
 
 WORLD_SEED = 2022
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 NUM_FRAMES = 16
 FRAME_SIZE = 60
 FPS = 8
@@ -55,7 +55,7 @@ SPLIT_SIZES: Mapping[str, int] = {"train": 960, "val": 240, "test": 480}  # mult
 # pretraining material, so that it never shows a digit which the backbone or the adapters were trained on.
 _INSTANCES_PER_DIGIT = {"test": 40, "train": 40, "val": 10}  # and the remaining 84 to 93 for pretraining
 _STREAMS = {"train": 0, "val": 1, "test": 2, "pretraining": 3}
-_MAX_SHAKE = 2  # px, camera
+_MAX_SHAKE = 1  # px, camera
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -139,7 +139,7 @@ def _background(rng: Generator) -> Floats:
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     mean = crop.mean()
-    return mean + (crop - mean) * np.float32(rng.uniform(0.4, 1.0))
+    return mean + (crop - mean) * np.float32(rng.uniform(0.2, 0.7))
 
 
 def _colour(rng: Generator, background: Floats) -> Floats:
@@ -147,7 +147,7 @@ def _colour(rng: Generator, background: Floats) -> Floats:
     level = background.mean()
     while True:
         colour = rng.random(3, dtype=np.float32)
-        if abs(colour.mean() - level) > 0.25:
+        if abs(colour.mean() - level) > 0.35:
             return colour
 
 
@@ -159,7 +159,7 @@ def motion_tracks(motion: int, rng: Generator) -> list[Track]:
     steps = np.exp(rng.normal(0, 0.4, NUM_FRAMES - 1))  # speed jitter; always forwards
     progress = np.concatenate([[0], np.cumsum(steps)]) / steps.sum() - 0.5  # from -0.5 to 0.5
     x, y = rng.uniform(22, 38, 2)
-    size, angle, opacity = rng.uniform(20, 28), rng.normal(0, 0.2), 1.0
+    size, angle, opacity = rng.uniform(24, 30), rng.normal(0, 0.2), 1.0
     offsets = [(0.0, 0.0)]
     match motion // 2:
         case 0:
@@ -169,15 +169,15 @@ def motion_tracks(motion: int, rng: Generator) -> list[Track]:
         case 2:
             size = rng.uniform(22, 26) * rng.uniform(1.7, 2.4) ** progress
         case 3:  # around a point beside the digit, turning with it
-            angle = rng.uniform(0, 2 * np.pi) + np.radians(rng.uniform(140, 260)) * progress
-            radius, lead = rng.uniform(9, 14), rng.uniform(0, 2 * np.pi)
+            angle = rng.uniform(0, 2 * np.pi) + np.radians(rng.uniform(140, 240)) * progress
+            radius, lead = rng.uniform(12, 17), rng.uniform(0, 2 * np.pi)
             x = rng.uniform(28, 32) + radius * np.cos(angle + lead)
             y = rng.uniform(28, 32) + radius * np.sin(angle + lead)
         case 4:
             opacity = np.clip(0.5 + rng.uniform(0.9, 1.3) * progress, 0, 1)
         case 5:
-            size = rng.uniform(16, 20)
-            direction, distance = rng.uniform(0, np.pi), rng.uniform(23, 26) + rng.uniform(22, 30) * progress
+            size = rng.uniform(18, 22)
+            direction, distance = rng.normal(0, 0.3), rng.uniform(25, 28) + rng.uniform(24, 32) * progress
             dx, dy = np.cos(direction) * distance / 2, np.sin(direction) * distance / 2
             x, y = rng.uniform(28, 32, 2)
             offsets = [(dx, dy), (-dx, -dy)]
@@ -233,7 +233,7 @@ def _render(rng: Generator, instances: list[int], tracks: list[Track]) -> tuple[
         frames += cover[..., None] * (_colour(rng, background) - frames)
     gain = rng.uniform(0.75, 1.1) * rng.uniform(0.95, 1.05, frames_count)
     frames *= gain.astype(np.float32)[:, None, None, None]
-    frames += rng.standard_normal(frames.shape, np.float32) * np.float32(rng.uniform(0.01, 0.04))
+    frames += rng.standard_normal(frames.shape, np.float32) * np.float32(rng.uniform(0.01, 0.03))
     return (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8), np.stack(visible)
 
 
