@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from stadapter import recipes
 from stadapter.ablation.trial import Arm, make_sweep
 from stadapter.config import ConfigError, Recipe, replace
 from stadapter.cost import cost_of
+from stadapter.train import Operation, train
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem.startswith(("ablate_", "compare_")))
@@ -139,3 +142,69 @@ def test_one_weights_file_cannot_serve_two_pretrainings() -> None:
     recipe = replace(recipes.embedded, **{"backbone.weights": "0" * 64})
     with pytest.raises(ConfigError, match="--weights"):
         script("compare_pretraining").make_arm(recipe, "random")
+
+
+# --- every script on small data in the layouts of the paper's data sets
+
+
+@pytest.fixture(scope="module")
+def layouts(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A few clips of two classes, laid out as Something-Something-v2 and as Kinetics-400 are."""
+    ssv2, kinetics = tmp_path_factory.mktemp("ssv2"), tmp_path_factory.mktemp("kinetics")
+    (ssv2 / "videos").mkdir()
+    templates = {"Moving [something] right": "0", "Moving [something] left": "1"}
+    (ssv2 / "labels.json").write_text(
+        json.dumps({name.replace("[", "").replace("]", ""): n for name, n in templates.items()})
+    )
+    for split, count in (("train", 4), ("validation", 2)):
+        entries, rows = [], ["label,youtube_id,time_start,time_end,split"]
+        folder = clip_folder / split[:5].replace("valid", "val")
+        for number in range(count):
+            name, clip = list(templates)[number % 2], sorted(folder.glob("*/*.mp4"))[number]
+            entries.append({"id": f"{split}{number}", "template": name, "label": name})
+            (ssv2 / "videos" / f"{split}{number}.mp4").symlink_to(clip)
+            rows.append(f"class {number % 2},{split}{number},0,10,{split}")
+            (kinetics / folder.name).mkdir(exist_ok=True)
+            (kinetics / folder.name / f"{split}{number}_000000_000010.mp4").symlink_to(clip)
+        (ssv2 / f"{split}.json").write_text(json.dumps(entries))
+        (kinetics / f"{folder.name}.csv").write_text("\n".join(rows) + "\n")
+    return {"ssv2": ssv2, "kinetics400": kinetics}
+
+
+SMALL = {
+    "data.num_classes": 2,
+    "data.num_frames": 2,
+    "data.frame_size": 60,
+    "backbone.name": "embedded",
+    "backbone.weights": "seed:0",
+    "adapter.bottleneck_width": 8,
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0.5,
+    "optim.global_batch": 4,
+    "optim.precision": "float32",
+}
+WORDS = {
+    "ablate_activation": ("released", "gelu+cls+default-init"),
+    "ablate_depth": ("last1", "0,2"),
+    "ablate_frames": ("2", "4"),
+    "ablate_kernel": ("1", "3x3x3"),
+    "ablate_placement": ("before_mhsa", "parallel"),
+    "ablate_width": ("/2", "x1"),
+    "compare_pretraining": ("random",),  # what is downloaded, or comes with the package, is not small
+    "compare_strategies": ("st_adapter", "full_space_time"),
+}
+
+
+@pytest.mark.parametrize("recipe", PAPER, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_trains_on_the_layout_of_the_recipes_data(
+    name: str, recipe: Recipe, layouts: dict[str, Path], tmp_path: Path
+) -> None:
+    small = replace(recipe, **SMALL)
+    sweep = make_sweep(name, "?", small, [script(name).make_arm(small, word) for word in WORDS[name]], seeds=1)
+    for trial in sweep.trials:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about dead adapters
+            result = train(trial.recipe, tmp_path / trial.id, Operation(data_root=layouts[recipe.data.dataset]))
+        assert result["recipe"]["data.dataset"] == recipe.data.dataset
+        assert 0 <= result["metrics"]["top1"] <= 100
