@@ -85,7 +85,7 @@ def test_the_table_is_the_records_mean_and_spread(finished: subprocess.Completed
 def test_the_next_commands_to_try_exist(finished: subprocess.CompletedProcess[str]) -> None:
     tail = finished.stdout.partition("Next:")[2]
     commands = [line.partition("#")[0].split() for line in tail.splitlines() if line.strip()]
-    assert [words[:2] for words in commands] == [
+    assert [[os.path.abspath(words[0]), words[1]] for words in commands] == [
         [sys.executable, "-m"],
         [sys.executable, "experiments/ablate_width.py"],
     ]
