@@ -82,7 +82,7 @@ _RATES: dict[Strategy, tuple[float, float]] = {
     "adapter": (1 / 4, 1),
     "st_adapter": (1, 1),
     "full": (1, 3 / 80),
-    "full_space_time": (1 / 8, 3 / 10),
+    "full_space_time": (1 / 2, 3 / 40),
     "full_st_adapter": (1, 3 / 80),
 }
 
