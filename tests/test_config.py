@@ -62,7 +62,7 @@ def test_an_override_has_the_type_of_its_field(override: str, value: object) -> 
 def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> None:
     changed = {
         "data.dataset": "ssv2", "data.num_classes": 3, "data.num_frames": 2, "data.frame_size": 48,
-        "data.sampling": "dense", "data.frame_stride": 2, "data.short_side_jitter": (1.0, 1.1),
+        "data.sampling": "uniform", "data.frame_stride": 3, "data.short_side_jitter": (1.0, 1.1),
         "data.random_resized_crop": (0.5, 1.0), "data.horizontal_flip": True, "data.rand_augment": "rand-m7-n4",
         "data.test_temporal_views": 2, "data.test_spatial_views": 3, "backbone.name": "timm/vit_tiny_patch16_224",
         "backbone.weights": "seed:1", "optim.epochs": 3, "optim.global_batch": 2, "optim.base_lr": 0.1,
