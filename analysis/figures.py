@@ -22,7 +22,7 @@ from stadapter.ablation.table import Row
 
 # Okabe and Ito's palette, told apart with any colour vision; the markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # one more, so that no pair of both comes twice soon
 INK, FAINT = "#222222", "#8a8a8a"
 TOP1 = "top-1 accuracy (%)"
 STYLE: Any = {
@@ -40,6 +40,7 @@ STYLE: Any = {
     "savefig.dpi": 150,
 }
 _PANEL_IN = (4.6, 3.5)  # width, height
+_LEAST_SPAN = 4.0  # points of accuracy that an axis shows at least: noise must not fill a figure
 _VARIES = 0.05  # a relative change of parameters or cost that is worth an axis
 
 
@@ -238,8 +239,9 @@ def _limit(axes: Axes, rows: Sequence[Row], *, vertical: bool) -> None:
     ends = [row.top1.mean + sign * (row.top1.sd or 0.0) for row in rows if row.top1 for sign in (-1, 1)]
     values = ends + [value for row in rows for value in row.top1_by_seed.values()]
     values += [row.published.top1 for row in rows if row.published]
-    span = max(max(values) - min(values), 4.0)
-    low, high = max(-2.0, min(values) - 0.15 * span), min(100.0 + 0.05 * span, max(values) + 0.15 * span)
+    span = max(values) - min(values)
+    room = max(0.15 * span, (_LEAST_SPAN - span) / 2)
+    low, high = max(-2.0, min(values) - room), min(100.0 + 0.05 * (span + 2 * room), max(values) + room)
     (axes.set_ylim if vertical else axes.set_xlim)(low, high)
 
 

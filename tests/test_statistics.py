@@ -60,7 +60,9 @@ def test_no_p_value_without_spread_or_with_one_pair() -> None:
     one, equal = compare({0: 2.0}, {0: 1.0}), compare({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
     assert one is not None and equal is not None
     assert one.p is None and equal.p is None
-    assert equal.mean == 1.0
+    assert (equal.mean, equal.sd, equal.low) == (1.0, 0.0, None)
+    flat = summarise([42.9, 42.9])
+    assert flat is not None and (flat.sd, flat.low, flat.high) == (0.0, None, None)
 
 
 def test_holms_correction_on_a_worked_example() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+_NO_SPREAD = 1e-9
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,21 @@ class Difference(Summary):
 
 
 def summarise(values: Sequence[float]) -> Summary | None:
-    """Mean, standard deviation and 95 % t interval; None without a value."""
+    """Mean, standard deviation and 95 % t interval; None without a value.
+
+    Equal values have a spread of 0 and no interval: a handful of accuracies that round to the same number of clips is
+    no certainty, which an interval without width would claim.
+    """
     if not values:
         return None
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return Summary(n, mean, None, None, None)
+    sd = statistics.stdev(values)
+    if sd < _NO_SPREAD:
+        return Summary(n, mean, 0.0, None, None)
     from scipy import stats
 
-    sd = statistics.stdev(values)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / n**0.5
     return Summary(n, mean, sd, mean - half, mean + half)
 
@@ -48,8 +55,7 @@ def summarise(values: Sequence[float]) -> Summary | None:
 def compare(arm: Mapping[int, float], default: Mapping[int, float]) -> Difference | None:
     """Difference of two arms over the seeds that both have, {seed: value}; None where they share none.
 
-    Equal differences in every seed leave p undefined: no spread was seen, which for a handful of accuracies is a
-    matter of rounding to whole clips, not certainty.
+    Differences that are equal in every seed leave p undefined, as `summarise` leaves their interval.
     """
     seeds = sorted(arm.keys() & default.keys())
     differences = [arm[seed] - default[seed] for seed in seeds]
@@ -57,7 +63,7 @@ def compare(arm: Mapping[int, float], default: Mapping[int, float]) -> Differenc
     if summary is None:
         return None
     p = None
-    if summary.n > 1 and max(differences) - min(differences) > 1e-9:
+    if summary.low is not None:
         from scipy import stats
 
         p = float(stats.ttest_rel([arm[s] for s in seeds], [default[s] for s in seeds]).pvalue)

@@ -168,6 +168,8 @@ def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
             "± is the standard deviation over seeds; the interval of the mean is Student's t, cut at 0 and 100."
         )
         lines.append(f"Δ: mean difference to '{default_arm(sweep)}', paired by seed; p: paired t test, Holm-corrected.")
+    if any(row.top1.low is None for row in several if row.top1):
+        lines.append("Equal accuracies in all seeds have no interval, equal differences no p-value: not certainty.")
     if len({t.seed for t in sweep.trials}) == 1:
         lines.append("One seed per arm: no error bar, interval or p-value can be given; --seeds 3 adds seeds.")
     elif any(row.top1 and row.top1.n == 1 for row in rows):
