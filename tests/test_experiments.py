@@ -98,7 +98,7 @@ def test_an_arm_costs_what_the_recipe_costs(name: str, recipe: Recipe, default_a
         ("ablate_depth", "every3", {"adapter.blocks": (2, 5)}),
         ("ablate_depth", "0,2,4", {"adapter.blocks": (0, 2, 4)}),
         ("ablate_depth", "3", {"adapter.blocks": (3,)}),
-        ("ablate_frames", "16", {"data.num_frames": 16}),
+        ("ablate_frames", "16", {"data.num_frames": 16, "data.frame_stride": 1}),
         (
             "ablate_activation",
             "gelu+cls",
