@@ -1,16 +1,38 @@
-# Two commands set everything up by themselves in $(VENV):
-#   make demo   the kernel ablation on the embedded videos
-#   make test   linters, type checker and test suite
+# These set everything up by themselves in $(VENV):
+#   make demo        the kernel ablation on the embedded videos
+#   make ablations   every ablation on the embedded videos, then the report; under 45 minutes on 2 CPU cores
+#   make report      the report on what has been run
+#   make test        linters, type checker and test suite
+# OUTPUT is the folder of trials and tables, SEEDS the trials per arm; a finished trial is never run again.
 # PYTHON chooses the interpreter (3.11 or newer), VENV the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+OUTPUT ?= runs
+SEEDS ?= 2
+EXPERIMENTS = $(sort $(wildcard experiments/*.py))
 
-.PHONY: demo test ui clean
+.PHONY: demo ablations report test ui clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python experiments/ablate_kernel.py
+
+# One script after another; one that fails does not keep the others or the report, but make says so at the end.
+ablations: $(VENV)/.installed
+	@began=$$(date +%s); number=0; failed=""; \
+	for script in $(EXPERIMENTS); do \
+		number=$$((number + 1)); minutes=$$((($$(date +%s) - began) / 60)); \
+		printf '\n=== %d/%d  %s  (%d min so far)\n\n' $$number $(words $(EXPERIMENTS)) $$script $$minutes; \
+		$(BIN)/python $$script --recipe embedded --num-gpus 0 --seeds $(SEEDS) --output $(OUTPUT) || \
+			{ code=$$?; [ $$code -ne 130 ] || exit 130; failed="$$failed $$script"; }; \
+	done; \
+	printf '\n=== report  (%d min so far)\n\n' $$((($$(date +%s) - began) / 60)); \
+	$(BIN)/python -m analysis --output $(OUTPUT) || failed="$$failed report"; \
+	[ -z "$$failed" ] || { echo "error: not complete:$$failed"; exit 1; }
+
+report: $(VENV)/.installed
+	$(BIN)/python -m analysis --output $(OUTPUT)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check

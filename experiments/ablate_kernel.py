@@ -6,6 +6,9 @@ recipe's. With extent 1 every frame is on its own and only their mean meets at t
 Expected: a large step from 1 to 3, then a plateau. On the embedded recipe, extent 1 cannot tell a clip from its
 reversal (direction exactly 50 %), so it stays below 50 % top-1 however long it trains.
 
+With --values 1x1x1 3x1x1 1x3x3 3x3x3 it asks what the spatial extent adds: spatial context without time (1x3x3) is no
+substitute for time, and both together (3x3x3) are best where things move.
+
 Cost: embedded, 4 arms x 2 seeds: a few minutes on 2 CPU cores.
 ssv2_clip_b16: each of the 4 arms x N seeds trains for 50 epochs on the whole data set.
 

@@ -5,6 +5,7 @@ The adapter's bottleneck gets from an eighth of the recipe's width to twice it; 
 Expected: a plateau over a wide range, and a loss only where the bottleneck becomes very narrow.
 
 Cost: embedded, 5 arms x 2 seeds: a few minutes on 2 CPU cores.
+ssv2_clip_b16: each arm x N seeds trains for 50 epochs on the whole data set.
 
     python experiments/ablate_width.py
     python experiments/ablate_width.py --values 32 64 128 192 384 768 --num-gpus 8 --data-root /data/ssv2

@@ -20,7 +20,11 @@ class STAdapter(nn.Module):
     """`kernel_size` is (t, h, w), odd. `activation` is f: "none", as the authors' released weights have it, or "gelu".
 
     A fresh adapter is exactly the identity: the convolution starts at zero, and so do all biases. The two linear maps
-    start at random, or no gradient would ever reach the convolution.
+    start at random, or no gradient would ever reach the convolution. Without `zero_init_conv` the convolution starts
+    as PyTorch leaves it, weight and bias, and a fresh adapter disturbs the backbone.
+
+    With `adapt_cls`, CLS goes through the bottleneck as well. It has no place in the grid, so the convolution sees it
+    as a token without neighbours: its centre tap and its bias apply, and CLS sees neither patches nor other frames.
     """
 
     def __init__(
@@ -29,30 +33,53 @@ class STAdapter(nn.Module):
         bottleneck_width: int = 384,
         kernel_size: tuple[int, int, int] = (3, 1, 1),
         activation: str = "none",
+        *,
+        adapt_cls: bool = False,
+        zero_init_conv: bool = True,
     ) -> None:
         super().__init__()
         if any(extent % 2 == 0 for extent in kernel_size):
             raise ValueError(f"kernel_size {kernel_size}: an even kernel has no centre")
         if activation not in ("none", "gelu"):
             raise ValueError(f"activation {activation!r}: must be 'none' or 'gelu'")
-        self.activation = activation
+        self.activation, self.adapts_cls = activation, adapt_cls
         self.down = nn.Linear(width, bottleneck_width)
         # A Conv3d for its parameters, [C, 1, kT, kH, kW], as the published checkpoints store them; see `depthwise`.
         self.conv = nn.Conv3d(bottleneck_width, bottleneck_width, kernel_size, groups=bottleneck_width)
         self.up = nn.Linear(bottleneck_width, width)
-        nn.init.zeros_(self.conv.weight)
-        for layer in (self.down, self.conv, self.up):
+        if zero_init_conv:
+            nn.init.zeros_(self.conv.weight)
+        for layer in (self.down, self.conv, self.up) if zero_init_conv else (self.down, self.up):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x_MSD: Tensor, num_frames: int) -> Tensor:
-        """Tokens [M, 1 + N, D] -> tokens of the same shape; M must be a multiple of `num_frames`."""
+    def forward(self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None) -> Tensor:
+        """Tokens [M, 1 + N, D] -> tokens of the same shape; M must be a multiple of `num_frames`.
+
+        What the bottleneck makes of `x_MSD` is added to `onto_MSD`, or to `x_MSD` itself where none is given. With
+        `adapt_cls`, CLS alone may come: [M, 1, D].
+        """
+        onto_MSD = x_MSD if onto_MSD is None else onto_MSD
         # CLS goes down with the rest and is dropped in the bottleneck: cheaper than copying N of N + 1 wide tokens.
-        z_MNC = self.down(x_MSD)[:, 1:]
-        z_MNC = depthwise(z_MNC, self.conv.weight, self.conv.bias, num_frames)
-        if self.activation == "gelu":
-            z_MNC = F.gelu(z_MNC)
-        return torch.cat([x_MSD[:, :1], x_MSD[:, 1:] + self.up(z_MNC)], dim=1)
+        z_MSC = self.down(x_MSD)
+        if self.adapts_cls:
+            z_MSC = torch.cat([self._alone(z_MSC[:, :1]), self._convolve(z_MSC[:, 1:], num_frames)], dim=1)
+            return onto_MSD + self.up(self._activate(z_MSC))
+        z_MNC = self._activate(self._convolve(z_MSC[:, 1:], num_frames))
+        return torch.cat([onto_MSD[:, :1], onto_MSD[:, 1:] + self.up(z_MNC)], dim=1)
+
+    def _activate(self, z: Tensor) -> Tensor:
+        return F.gelu(z) if self.activation == "gelu" else z
+
+    def _convolve(self, z_MNC: Tensor, num_frames: int) -> Tensor:
+        return depthwise(z_MNC, self.conv.weight, self.conv.bias, num_frames) if z_MNC.shape[1] else z_MNC
+
+    def _alone(self, z_M1C: Tensor) -> Tensor:
+        """What the zero-padded convolution makes of a token without neighbours."""
+        kT, kH, kW = self.conv.weight.shape[2:]
+        centre_C = self.conv.weight[:, 0, kT // 2, kH // 2, kW // 2]
+        assert self.conv.bias is not None
+        return (z_M1C * centre_C + self.conv.bias).to(z_M1C.dtype)
 
 
 def depthwise(z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int) -> Tensor:

@@ -18,9 +18,22 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Placement = Literal["before_mhsa", "after_mhsa", "both"]
+Placement = Literal["before_mhsa", "after_mhsa", "both", "after_mlp", "parallel"]
 Activation = Literal["none", "gelu"]
-Strategy = Literal["st_adapter", "linear_probe", "full"]
+Strategy = Literal[
+    "linear_probe",
+    "attentional_pooling",
+    "prompt",
+    "partial",
+    "temporal",
+    "bitfit",
+    "lora",
+    "adapter",
+    "st_adapter",
+    "full",
+    "full_space_time",
+    "full_st_adapter",
+]
 Sampling = Literal["uniform", "dense"]
 Resize = Literal["fast", "exact"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -84,13 +97,18 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """ST-Adapter(X) = X + f(DWConv3D(X W_down)) W_up (paper, equation 5)."""
+    """ST-Adapter(X) = X + f(DWConv3D(X W_down)) W_up (paper, equation 5).
+
+    The strategy `adapter` takes width, placement and blocks from here, and nothing else.
+    """
 
     bottleneck_width: int = 384
     kernel_size: tuple[int, int, int] = (3, 1, 1)  # (t, h, w)
     activation: Activation = "none"
     placement: Placement = "before_mhsa"
     blocks: tuple[int, ...] | None = None  # 0-based; None: every block
+    adapt_cls: bool = False  # CLS through the bottleneck too, as a token without neighbours
+    zero_init_conv: bool = True  # False: PyTorch's default, and a fresh adapter is not the identity
 
     def __post_init__(self) -> None:
         if self.bottleneck_width < 1:
@@ -107,12 +125,28 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class RivalConfig:
+    """Sizes of the strategies that ST-Adapter is compared with; a strategy reads its own alone."""
+
+    prompts: int = 8  # learned tokens per block (prompt)
+    partial_blocks: int = 2  # trained, counted from the last (partial)
+    temporal_blocks: int = 1  # of the transformer over frames (temporal)
+    lora_rank: int = 8  # (lora)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "partial_blocks", "temporal_blocks", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rival.{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, linear warm-up, cosine to zero, all per step (authors' training commands)."""
 
     epochs: int
     global_batch: int  # clips per optimiser step, whatever the number of GPUs
     base_lr: float  # per 256 clips; the rate used is base_lr * global_batch / 256
+    backbone_lr_factor: float = 1.0  # the rate of what was pretrained, in units of the rate of what is new
     warmup_epochs: float = 2.0
     weight_decay: float = 0.01  # 0 on biases and norms
     betas: tuple[float, float] = (0.9, 0.999)
@@ -122,7 +156,7 @@ class OptimConfig:
     precision: Precision = "float32"  # of the autocast region; adapters, head and optimiser stay in float32
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch", "base_lr"):
+        for name in ("epochs", "global_batch", "base_lr", "backbone_lr_factor"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optim.{name} = {getattr(self, name)}: must be above 0")
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -146,6 +180,7 @@ class Recipe:
     backbone: BackboneConfig
     optim: OptimConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    rival: RivalConfig = field(default_factory=RivalConfig)
     strategy: Strategy = "st_adapter"
     train_final_norm: bool = False
     seed: int = 0
@@ -205,6 +240,12 @@ def replace(recipe: Recipe, **fields: Any) -> Recipe:
             raise ConfigError(f"{path}: a recipe has no such field; it has {', '.join(flat)}")
         flat[path] = list(value) if isinstance(value, tuple) else value
     return unflatten(flat)
+
+
+def difference(recipe: Recipe, other: Recipe) -> dict[str, Any]:
+    """The fields of `other` that differ, by dotted path: `replace(recipe, **difference(recipe, other)) == other`."""
+    mine = flatten(recipe)
+    return {path: value for path, value in flatten(other).items() if value != mine[path]}
 
 
 def parse_override(text: str) -> tuple[str, Any]:

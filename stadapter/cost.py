@@ -9,6 +9,14 @@ Papers print multiply-accumulates as "GFLOPs". Counted, per view (one clip of T 
     adapter           N * 2 D C + N * C * kT kH kW  two matrices and the depthwise convolution, patch tokens only
     head              D * K                         per clip
 
+    adapt_cls         2 D C + C                     more per adapter and frame
+    plain adapter     S * 2 D C                     per frame
+    prompts           S + P instead of S in every block
+    LoRA              S * 6 D r                     per block and frame: r * (D + 3 D) and r * (D + D)
+    divided attention N * (5 D^2 + 2 T D)           per block and frame: attention over T frames, and one more map
+    temporal block    as a block with T tokens      per clip
+    attention pool    T S * (2 D^2 + 2 D) + D^2     per clip
+
 Norms, biases, activations and softmax are not, as is usual. Counted is the model as papers describe it: whole, with
 the last block's patches and an adapter after its attention, although this implementation skips what CLS cannot see.
 """
@@ -22,7 +30,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stadapter.config import Recipe
+from stadapter.config import AdapterConfig, Recipe
 from stadapter.model import VideoClassifier, build_model, dead_parameters, trainable_parameters
 from stadapter.vit import VitShape
 
@@ -57,32 +65,46 @@ def cost_of(recipe: Recipe) -> Cost:
         trainable_params=_count(trainable_parameters(model).values()),
         total_params=_count(model.parameters()),
         dead_params=dead_parameters(model),
-        adapter_params=_count(model.before.parameters()) + _count(model.after.parameters()),
+        adapter_params=sum(_count(adapter.parameters()) for adapter in model.adapters()),
         head_params=_count(model.head.parameters()),
         macs_per_view=macs_per_view(model, recipe),
     )
 
 
 def macs_per_view(model: VideoClassifier, recipe: Recipe) -> int:
-    shape = model.vit.shape
-    num_adapters = len(model.before) + len(model.after)
-    per_frame = vit_macs(shape) + num_adapters * adapter_macs(
-        shape.num_patches, shape.width, recipe.adapter.bottleneck_width, recipe.adapter.kernel_size
-    )
-    return recipe.data.num_frames * per_frame + shape.width * recipe.data.num_classes
-
-
-def vit_macs(shape: VitShape) -> int:
-    """Of one image."""
+    shape, T, rival = model.vit.shape, recipe.data.num_frames, recipe.rival
     N, S, D = shape.num_patches, 1 + shape.num_patches, shape.width
+    per_frame = vit_macs(shape, prompts=rival.prompts if model.prompts else 0)
+    per_frame += len(model.adapters()) * adapter_macs(N, D, recipe.adapter, plain=recipe.strategy == "adapter")
+    per_frame += len(model.lora) * S * 6 * D * rival.lora_rank
+    if model.time is not None:
+        per_frame += shape.depth * N * (5 * D * D + 2 * T * D)
+    per_clip = D * recipe.data.num_classes
+    if model.temporal is not None:
+        per_clip += rival.temporal_blocks * block_macs(T, D, shape.mlp_width)
+    if model.pool is not None:
+        per_clip += T * S * (2 * D * D + 2 * D) + D * D
+    return T * per_frame + per_clip
+
+
+def vit_macs(shape: VitShape, prompts: int = 0) -> int:
+    """Of one image."""
+    N, D = shape.num_patches, shape.width
     embedding = N * 3 * shape.patch_size**2 * D
-    block = 4 * S * D * D + 2 * S * S * D + 2 * S * D * shape.mlp_width
-    return embedding + shape.depth * block
+    return embedding + shape.depth * block_macs(1 + N + prompts, D, shape.mlp_width)
 
 
-def adapter_macs(num_patches: int, width: int, bottleneck_width: int, kernel_size: tuple[int, int, int]) -> int:
+def block_macs(tokens: int, width: int, mlp_width: int) -> int:
+    return 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp_width
+
+
+def adapter_macs(num_patches: int, width: int, adapter: AdapterConfig, *, plain: bool = False) -> int:
     """Of one adapter, for one frame."""
-    return num_patches * bottleneck_width * (2 * width + math.prod(kernel_size))
+    matrices = 2 * width * adapter.bottleneck_width
+    if plain:
+        return (1 + num_patches) * matrices
+    cls = matrices + adapter.bottleneck_width if adapter.adapt_cls else 0
+    return num_patches * (matrices + adapter.bottleneck_width * math.prod(adapter.kernel_size)) + cls
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

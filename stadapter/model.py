@@ -1,7 +1,11 @@
 """The video classifier: a frozen image ViT, adapters between its branches, and a linear head.
 
-    frames -> tokens -> [before adapter -> + attention -> after adapter -> + MLP] x depth -> CLS, mean over frames
-    -> final norm -> dropout -> head -> logits
+    frames -> tokens -> block x depth -> CLS, mean over frames -> final norm -> dropout -> head -> logits
+
+    block:  u = before(x);  v = after(u + attention(u));  w = after_mlp(v + MLP(v));  w + parallel's branch(x)
+
+Each placement is an adapter X + f(X), or nothing. `parallel` stands beside the whole block: its branch reads the
+block's input and is added to the block's output. What other strategies add is in `stadapter.rivals`.
 
 Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), D width, K classes.
 """
@@ -10,15 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableSequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from stadapter.adapter import STAdapter
 from stadapter.backbones import load_backbone
-from stadapter.config import AdapterConfig, ConfigError, Recipe, derive_seed
+from stadapter.config import AdapterConfig, ConfigError, Recipe, RivalConfig, Strategy, derive_seed
+from stadapter.lora import LoRA
+from stadapter.placement import PLACES, PLACES_BEHIND, blocks_with_adapter, make_adapter
+from stadapter.rivals import AttentionPool, DividedAttention, TemporalTransformer, make_prompts
 from stadapter.strategies import freeze, uses_adapters
 from stadapter.vit import ViT
 
@@ -28,10 +35,16 @@ Triple = tuple[float, float, float]
 class VideoClassifier(nn.Module):
     """Pixels [B, T, 3, H, W] in, logits [B, K] out (float32).
 
-    `before` and `after` hold the adapters before attention and after its residual, keyed by 0-based block index.
-    `adapter` None builds none. The adapters' and the head's initial values depend on `seed` alone, each on its own
-    stream: two models with the same seed start with the same head, and with the same adapters where both have them.
+    `before`, `after`, `after_mlp` and `parallel` hold the adapters, keyed by 0-based block index; `adapter` None builds
+    none. `strategy` decides what kind they are, and which of `lora`, `prompts`, `time`, `temporal` and `pool` there is.
+    The adapters' and the head's initial values depend on `seed` alone, each on its own stream: two models with the
+    same seed start with the same head, and with the same adapters where both have them.
     """
+
+    before: nn.ModuleDict
+    after: nn.ModuleDict
+    after_mlp: nn.ModuleDict
+    parallel: nn.ModuleDict
 
     def __init__(
         self,
@@ -41,18 +54,39 @@ class VideoClassifier(nn.Module):
         seed: int = 0,
         mean: Triple = (0.5, 0.5, 0.5),
         std: Triple = (0.5, 0.5, 0.5),
+        *,
+        strategy: Strategy = "st_adapter",
+        rival: RivalConfig | None = None,
+        num_frames: int = 8,
     ) -> None:
         super().__init__()
         self.vit = vit
-        self.before = nn.ModuleDict()
-        self.after = nn.ModuleDict()
-        if adapter is not None:
-            shape = (vit.shape.width, adapter.bottleneck_width, adapter.kernel_size, adapter.activation)
-            for place, adapters in (("before", self.before), ("after", self.after)):
-                if adapter.placement in (f"{place}_mhsa", "both"):
-                    for block in adapted_blocks(adapter, vit.shape.depth):
-                        with _seeded(seed, f"init/{place}", block):
-                            adapters[str(block)] = STAdapter(*shape)
+        shape, rival = vit.shape, rival or RivalConfig()
+        for place in PLACES:
+            adapters = nn.ModuleDict()
+            for block in blocks_with_adapter(adapter, place, shape.depth):
+                assert adapter is not None
+                with _seeded(seed, f"init/{place}", block):
+                    adapters[str(block)] = make_adapter(adapter, shape.width, plain=strategy == "adapter")
+            self.add_module(place, adapters)
+        self.lora = cast("MutableSequence[LoRA]", nn.ModuleList())  # one per block, or none
+        self.prompts = nn.ParameterList()  # likewise, [P, D]
+        for block in range(shape.depth):
+            with _seeded(seed, f"init/{strategy}", block):
+                if strategy == "lora":
+                    self.lora.append(LoRA(shape.width, rival.lora_rank))
+                if strategy == "prompt":
+                    self.prompts.append(make_prompts(shape, rival.prompts))
+        self.time: DividedAttention | None = None
+        self.temporal: TemporalTransformer | None = None
+        self.pool: AttentionPool | None = None
+        with _seeded(seed, f"init/{strategy}"):
+            if strategy == "full_space_time":
+                self.time = DividedAttention(vit, num_frames)
+            if strategy == "temporal":
+                self.temporal = TemporalTransformer(shape, num_frames, rival.temporal_blocks)
+            if strategy == "attentional_pooling":
+                self.pool = AttentionPool(shape, num_frames)
         with _seeded(seed, "init/head"):
             self.head = nn.Linear(vit.shape.width, num_classes)
             nn.init.normal_(self.head.weight, std=0.02)
@@ -64,8 +98,8 @@ class VideoClassifier(nn.Module):
         self.register_buffer("std_311", torch.tensor(std).view(3, 1, 1), persistent=False)
         if dead := dead_parameters(self):
             warnings.warn(
-                f"the after_mhsa adapter of the last block ({vit.shape.depth - 1}) can never receive a gradient, since "
-                f"only CLS is read after its attention: its {dead:,} parameters are built and counted, but not "
+                f"the adapter behind the attention of the last block ({shape.depth - 1}) can never receive a gradient, "
+                f"since only CLS is read from there on: its {dead:,} parameters are built and counted, but not "
                 "computed or trained; leave that block out of adapter.blocks, or use before_mhsa, to drop them",
                 stacklevel=2,
             )
@@ -90,62 +124,76 @@ class VideoClassifier(nn.Module):
         x_MSD = self._blocks(pixels_BTCHW.flatten(0, 1), T)
         # In float32 whatever the precision: it costs nothing here, and a mean and a loss want the digits.
         with torch.autocast(x_MSD.device.type, enabled=False):
-            features_BD = self.vit.norm(x_MSD[:, 0].float().view(B, T, -1).mean(1))
+            cls_BTD = x_MSD[:, 0].float().view(B, T, -1)
+            if self.temporal is not None:
+                cls_BTD = self.temporal(cls_BTD)
+            features_BD = self.vit.norm(cls_BTD.mean(1))
+            if self.pool is not None:
+                features_BD = features_BD + self.pool(self.vit.norm(x_MSD.float()).unflatten(0, (B, T)))
             if head_keep_BD is not None:
                 features_BD = features_BD * head_keep_BD
             return self.head(features_BD)
 
     def _blocks(self, pixels_MCHW: Tensor, num_frames: int) -> Tensor:
-        """Normalised pixels -> CLS tokens [M, 1, D] after the last block, before the final norm."""
+        """Normalised pixels -> tokens after the last block, before the final norm: all if they are pooled, else CLS."""
         first, last = self._first_trained_block(), len(self.vit.blocks) - 1
         with _graph_if(first < 0):
             x_MSD = self.vit.embed(pixels_MCHW)
-        for index, block in enumerate(self.vit.blocks):
+        for index in range(last + 1):
             with _graph_if(index >= first):  # below the first trained block nothing needs a gradient
-                if str(index) in self.before:
-                    x_MSD = self.before[str(index)](x_MSD, num_frames)
-                if index == last:
-                    # Only CLS is read from here on: the patches' queries and MLP are left out, and so is an adapter
-                    # after attention, which does not touch CLS.
-                    x_MSD = x_MSD[:, :1] + block.attend(x_MSD, cls_only=True)
-                else:
-                    x_MSD = x_MSD + block.attend(x_MSD)
-                    if str(index) in self.after:
-                        x_MSD = self.after[str(index)](x_MSD, num_frames)
-                x_MSD = x_MSD + block.mlp(x_MSD)
+                x_MSD = self._block(index, x_MSD, num_frames, cls_only=index == last and self.pool is None)
+        return x_MSD
+
+    def _block(self, index: int, x_MSD: Tensor, num_frames: int, cls_only: bool) -> Tensor:
+        """One block with all that is around it. With `cls_only` nothing but CLS is read behind it: the patches' queries
+        and MLP are left out, and so is an adapter behind the attention that does not touch CLS."""
+        block, key = self.vit.blocks[index], str(index)
+        input_MSD = x_MSD
+        if self.time is not None:
+            x_MSD = self.time(x_MSD, index)
+        if key in self.before:
+            x_MSD = self.before[key](x_MSD, num_frames)
+        seen_MSD = x_MSD
+        if self.prompts:
+            prompts_MPD = self.prompts[index].to(x_MSD.dtype).expand(len(x_MSD), -1, -1)
+            seen_MSD = torch.cat([x_MSD, prompts_MPD], dim=1)
+        attended_MSD = block.attend(seen_MSD, cls_only, self.lora[index] if self.lora else None)
+        S = 1 if cls_only else x_MSD.shape[1]
+        x_MSD = x_MSD[:, :S] + attended_MSD[:, :S]
+        behind = {place: getattr(self, place)[key] for place in PLACES_BEHIND if key in getattr(self, place)}
+        if cls_only:
+            behind = {place: adapter for place, adapter in behind.items() if adapter.adapts_cls}
+        if "after" in behind:
+            x_MSD = behind["after"](x_MSD, num_frames)
+        x_MSD = x_MSD + block.mlp(x_MSD)
+        if "after_mlp" in behind:
+            x_MSD = behind["after_mlp"](x_MSD, num_frames)
+        if "parallel" in behind:
+            x_MSD = behind["parallel"](input_MSD[:, :S], num_frames, onto_MSD=x_MSD)
         return x_MSD
 
     def _first_trained_block(self) -> int:
-        """The lowest block with a trained parameter in it or its adapters; -1: below the blocks; depth: none."""
+        """The lowest block with a trained parameter in or around it; -1: below the blocks; depth: none."""
         blocks = {len(self.vit.blocks)}
         for name, _ in trainable_parameters(self).items():
             group, *path = name.split(".")
-            if group in ("before", "after"):
+            if group in (*PLACES, "lora", "prompts"):
                 blocks.add(int(path[0]))
-            elif path[0] == "blocks":
+            elif path[0] == "blocks" and group == "vit":
                 blocks.add(int(path[1]))
-            elif group == "vit" and path[0] != "norm":
+            elif group == "time" or (group == "vit" and path[0] != "norm"):
                 blocks.add(-1)
         return min(blocks)
 
+    def adapters(self) -> list[nn.Module]:
+        """All of them, place by place."""
+        return [adapter for place in PLACES for adapter in getattr(self, place).values()]
+
     def dead_adapters(self) -> list[nn.Module]:
-        """The adapters that can never receive a gradient."""
+        """The adapters that can never receive a gradient: CLS, all that is read behind the last block, passes by."""
         last = str(len(self.vit.blocks) - 1)
-        return [self.after[last]] if last in self.after else []
-
-
-def adapted_blocks(adapter: AdapterConfig, depth: int) -> tuple[int, ...]:
-    """The blocks that carry adapters, ascending. ConfigError for a block that the backbone does not have."""
-    if adapter.blocks is None:
-        return tuple(range(depth))
-    if not adapter.blocks:
-        raise ConfigError("adapter.blocks is empty: name a block, or use strategy linear_probe for no adapters")
-    for block in adapter.blocks:
-        if not 0 <= block < depth:
-            raise ConfigError(
-                f"adapter.blocks = {adapter.blocks}: there is no block {block}; the backbone has 0 to {depth - 1}"
-            )
-    return tuple(sorted(adapter.blocks))
+        behind = [getattr(self, place)[last] for place in PLACES_BEHIND if last in getattr(self, place)]
+        return [adapter for adapter in behind if not adapter.adapts_cls]
 
 
 def build_model(
@@ -157,8 +205,18 @@ def build_model(
     adapter = recipe.adapter if uses_adapters(recipe.strategy) else None
     # On the CPU also for a GPU: its random numbers are the same everywhere.
     with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
-        model = VideoClassifier(vit, data.num_classes, adapter, recipe.seed, backbone.mean, backbone.std)
-    freeze(model, recipe.strategy, recipe.train_final_norm)
+        model = VideoClassifier(
+            vit,
+            data.num_classes,
+            adapter,
+            recipe.seed,
+            backbone.mean,
+            backbone.std,
+            strategy=recipe.strategy,
+            rival=recipe.rival,
+            num_frames=data.num_frames,
+        )
+    freeze(model, recipe.strategy, recipe.train_final_norm, recipe.rival)
     return model.to(device)
 
 

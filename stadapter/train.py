@@ -19,9 +19,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,32 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
 
 
 def make_optimizer(model: VideoClassifier, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained and nothing else, without decay on biases and norms."""
-    parameters = trainable_parameters(model).values()
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas, fused=True)
+    """AdamW over what is trained and nothing else, without decay on biases and norms.
+
+    Each group's rate is the schedule's times its `lr_factor`: `optim.backbone_lr_factor` for the backbone.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in trainable_parameters(model).items():
+        lr_factor = optim.backbone_lr_factor if name.startswith("vit.") else 1.0
+        groups.setdefault((lr_factor, optim.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": optim.peak_lr * lr_factor, "lr_factor": lr_factor, "weight_decay": weight_decay}
+            for (lr_factor, weight_decay), params in sorted(groups.items(), key=itemgetter(0), reverse=True)
+        ],
+        betas=optim.betas,
+        fused=True,
+    )
+
+
+def diverged(train_losses: Sequence[float], *num_classes: int) -> bool:
+    """Whether the last epoch's mean loss is no better than guessing's, ln K: within 2 % of it, or above.
+
+    `num_classes` is one K per head, whose losses are summed. Such an accuracy says nothing about the arm. A rate that
+    is too high is the usual cause; a task that cannot be learned by construction (two classes that only time tells
+    apart, and no temporal kernel) looks the same.
+    """
+    return not train_losses[-1] < 0.98 * sum(map(math.log, num_classes))
 
 
 def dropout_mask(seed: int, step: int, global_batch: int, width: int, p: float) -> Tensor:
@@ -202,6 +222,9 @@ def train(
         "recipe": flatten(recipe),
         "metrics": tested,
         "epoch": optim.epochs,
+        "diverged": diverged(
+            [line["train_loss"] for line in record.read_metrics(folder)], *(data.label_groups or [data.num_classes])
+        ),
         **dataclasses.asdict(cost),
         "views": data.test_temporal_views * data.test_spatial_views,
         "seconds": seconds_before + time.time() - started,
@@ -296,7 +319,7 @@ def _train_epoch(
         step = epoch * epoch_steps + done - 1
         rate = learning_rate(step, total_steps, warmup_steps, optim.peak_lr)
         for group in learner.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_factor"]
         loss = _backward(learner, passes, step)
         loss_sum += loss.double()
         if not math.isfinite(mean_loss := loss.item() * world.size / optim.global_batch):

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stadapter.lora import ALL_ROWS, LoRA
+
 
 @dataclass(frozen=True)
 class VitShape:
@@ -76,19 +78,24 @@ class Block(nn.Module):
         self.scale1 = nn.Parameter(torch.ones(width)) if shape.layer_scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if shape.layer_scale else None
 
-    def attend(self, x_MSD: Tensor, cls_only: bool = False) -> Tensor:
+    def attend(self, x_MSD: Tensor, cls_only: bool = False, lora: LoRA | None = None) -> Tensor:
         """What self-attention adds to the tokens; with `cls_only`, to CLS alone: [M, 1, D]."""
         M, S, D = x_MSD.shape
         h = self.norm1(x_MSD)
         if cls_only:
-            bias_q, bias_kv = (None, None) if self.qkv.bias is None else (self.qkv.bias[:D], self.qkv.bias[D:])
-            q = F.linear(h[:, :1], self.qkv.weight[:D], bias_q).view(M, 1, self.heads, -1).transpose(1, 2)
-            kv = F.linear(h, self.qkv.weight[D:], bias_kv).view(M, S, 2, self.heads, -1)
+            q = self._qkv(h[:, :1], slice(None, D), lora).view(M, 1, self.heads, -1).transpose(1, 2)
+            kv = self._qkv(h, slice(D, None), lora).view(M, S, 2, self.heads, -1)
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            q, k, v = self.qkv(h).view(M, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+            q, k, v = self._qkv(h, ALL_ROWS, lora).view(M, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = attention(q, k, v).transpose(1, 2).flatten(2)
+        out = self.proj(mixed) if lora is None else self.proj(mixed) + lora.proj(mixed)
         return out if self.scale1 is None else out * self.scale1
+
+    def _qkv(self, h: Tensor, rows: slice, lora: LoRA | None) -> Tensor:
+        bias = self.qkv.bias
+        out = F.linear(h, self.qkv.weight[rows], None if bias is None else bias[rows])
+        return out if lora is None else out + lora.qkv(h, rows)
 
     def mlp(self, x_MSD: Tensor) -> Tensor:
         """What the MLP adds to the tokens."""

@@ -112,3 +112,37 @@ def test_parameters_have_the_shapes_of_the_published_checkpoints() -> None:
 def test_impossible_arguments_are_refused(arguments) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         STAdapter(16, 8, **arguments)
+
+
+def test_an_adapter_whose_convolution_starts_at_random_is_not_the_identity() -> None:
+    x_MSD = torch.randn(6, 10, 16)
+    adapter = STAdapter(16, 8, zero_init_conv=False)
+    out = adapter(x_MSD, num_frames=3)
+    assert torch.equal(out[:, 0], x_MSD[:, 0])
+    assert not torch.allclose(out[:, 1:], x_MSD[:, 1:], atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel_size", [(1, 1, 1), (3, 1, 1), (3, 3, 3)])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_cls_in_the_bottleneck_is_convolved_as_a_token_without_neighbours(kernel_size, activation) -> None:
+    adapter = randomised(STAdapter(16, 8, kernel_size, activation, adapt_cls=True))
+    x_MSD = torch.randn(6, 10, 16)
+    out = adapter(x_MSD, num_frames=3)
+    # The naive equation on clips of one frame with one patch, which is CLS.
+    alone = torch.cat([torch.zeros(6, 1, 16), x_MSD[:, :1]], dim=1)
+    torch.testing.assert_close(out[:, :1], plain_adapter(adapter, alone, num_frames=1)[:, 1:])
+    torch.testing.assert_close(out[:, 1:], plain_adapter(adapter, x_MSD, num_frames=3)[:, 1:])
+    torch.testing.assert_close(adapter(x_MSD[:, :1], num_frames=3), out[:, :1])  # CLS alone may come
+
+
+@pytest.mark.parametrize("adapt_cls", [False, True])
+def test_the_branch_can_be_added_to_other_tokens(adapt_cls) -> None:
+    adapter = randomised(STAdapter(16, 8, (3, 3, 3), adapt_cls=adapt_cls))
+    x_MSD, onto_MSD = torch.randn(6, 10, 16), torch.randn(6, 10, 16)
+    expected = onto_MSD + (adapter(x_MSD, 3) - x_MSD)
+    torch.testing.assert_close(adapter(x_MSD, 3, onto_MSD=onto_MSD), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fresh_adapter_that_adapts_cls_is_exactly_the_identity() -> None:
+    x_MSD = torch.randn(6, 10, 16)
+    assert torch.equal(STAdapter(16, 8, (3, 3, 3), adapt_cls=True)(x_MSD, num_frames=3), x_MSD)

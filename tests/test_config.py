@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from stadapter import config, recipes
-from stadapter.ablation.table import PAPER
+from stadapter.ablation.published import PAPER
 from stadapter.config import ConfigError, Recipe
 
 
@@ -25,13 +25,16 @@ def test_a_recipe_survives_the_way_through_json(name: str) -> None:
         ("adapter.kernel_size=3,3", "needs 3 values"),
         ("adapter.bottleneck_width=0", "at least 1"),
         ("adapter.bottleneck_width=wide", "cannot be read as int"),
-        ("adapter.placement=within", "must be one of before_mhsa, after_mhsa, both"),
+        ("adapter.placement=within", "must be one of before_mhsa, after_mhsa, both, after_mlp, parallel"),
         ("adapter.blocks=1,1", "twice"),
         ("data.label_groups=5,6", "must add up to data.num_classes = 12"),
         ("data.random_erasing=2", "in [0, 1]"),
         ("data.repeated_augmentation=0", "at least 1"),
         ("data.repeated_augmentation=3", "must divide optim.global_batch = 8"),
         ("data.resize=slow", "must be one of fast, exact"),
+        ("rival.lora_rank=0", "at least 1"),
+        ("strategy=everything", "must be one of linear_probe, "),
+        ("optim.backbone_lr_factor=0", "above 0"),
         ("optim.epochs=0", "above 0"),
         ("optim.warmup_epochs=4", "below optim.epochs"),
         ("optim.head_dropout=1", "in [0, 1)"),
@@ -76,7 +79,9 @@ def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> 
         "optim.warmup_epochs": 0.25, "optim.weight_decay": 0.0, "optim.betas": (0.9, 0.99), "optim.clip_norm": None,
         "optim.label_smoothing": 0.1, "optim.head_dropout": 0.1, "optim.precision": "bfloat16",
         "adapter.bottleneck_width": 4, "adapter.kernel_size": (1, 3, 3), "adapter.activation": "gelu",
-        "adapter.placement": "both", "adapter.blocks": None, "strategy": "linear_probe", "train_final_norm": False,
+        "adapter.placement": "both", "adapter.blocks": None, "adapter.adapt_cls": True, "adapter.zero_init_conv": False,
+        "rival.prompts": 4, "rival.partial_blocks": 1, "rival.temporal_blocks": 2, "rival.lora_rank": 4,
+        "optim.backbone_lr_factor": 0.1, "strategy": "linear_probe", "train_final_norm": False,
         "seed": 1,
     }  # fmt: skip
     assert set(changed) == set(config.flatten(tiny_recipe)) - {"name"}
@@ -88,7 +93,15 @@ def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> 
 def test_identity_does_not_drift() -> None:
     # Finished trials are found again by it: a change here makes every recorded trial run anew.
     # Raise RESULTS_VERSION for that, on purpose, where numbers change.
-    assert config.identity(recipes.embedded) == "52fbd827dc4f"
+    assert config.identity(recipes.embedded) == "dbc87c7798f9"
+
+
+def test_the_difference_of_two_recipes_leads_from_one_to_the_other() -> None:
+    one, other = recipes.embedded, recipes.kinetics400_clip_b16
+    fields = config.difference(one, other)
+    assert config.replace(one, **fields) == other
+    assert "adapter.activation" not in fields
+    assert config.difference(one, one) == {}
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_one() -> None:

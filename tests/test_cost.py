@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stadapter import recipes
-from stadapter.config import AdapterConfig, BackboneConfig, DataConfig, OptimConfig, Recipe, replace
+from stadapter.config import AdapterConfig, BackboneConfig, DataConfig, OptimConfig, Recipe, Strategy, replace
 from stadapter.cost import cost_of
-from stadapter.model import build_model
+from stadapter.model import VideoClassifier, build_model
 
 
 def clip_b16(placement: str, num_frames: int = 8, num_classes: int = 400) -> Recipe:
@@ -79,3 +81,54 @@ def test_macs_agree_with_counting_the_operations_of_the_image_model() -> None:
         model.vit(torch.empty(8, 3, 60, 60))
     head = 96 * 12
     assert cost_of(recipe).macs_per_view == counter.get_total_flops() // 2 + head
+
+
+def counted_macs(run: Callable[[], object]) -> int:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def test_what_a_strategy_adds_is_what_its_operations_count() -> None:
+    """Per view of 8 frames of 26 tokens, against counting the modules' own operations on the meta device."""
+    x_MSD = torch.empty(8, 26, 96, device="meta")
+    base = cost_of(replace(recipes.embedded, strategy="linear_probe")).macs_per_view
+
+    def added(strategy: Strategy) -> tuple[int, VideoClassifier]:
+        recipe = replace(recipes.embedded, strategy=strategy)
+        return cost_of(recipe).macs_per_view - base, build_model(recipe, device="meta")
+
+    macs, model = added("temporal")
+    assert macs == counted_macs(lambda: model.temporal(torch.empty(1, 8, 96)))
+    macs, model = added("attentional_pooling")
+    # A query that is learned, not computed, costs nothing; all else is counted.
+    assert macs == counted_macs(lambda: model.pool(x_MSD.unflatten(0, (1, 8))))
+    macs, model = added("full_space_time")
+    assert macs == counted_macs(lambda: [model.time(x_MSD, block) for block in range(6)])
+    macs, model = added("adapter")
+    assert macs == counted_macs(lambda: [adapter(x_MSD, 8) for adapter in model.adapters()])
+    macs, model = added("lora")
+    blocks = list(zip(model.vit.blocks, model.lora, strict=True))
+    with_lora = counted_macs(lambda: [block.attend(x_MSD, lora=lora) for block, lora in blocks])
+    assert macs == with_lora - counted_macs(lambda: [block.attend(x_MSD) for block, _ in blocks])
+    macs, model = added("prompt")
+
+    def image_model(tokens: int) -> list[torch.Tensor]:
+        x = torch.empty(8, tokens, 96)
+        return [branch(x) for block in model.vit.blocks for branch in (block.attend, block.mlp)]
+
+    assert macs == counted_macs(lambda: image_model(26 + 8)) - counted_macs(lambda: image_model(26))
+
+
+@pytest.mark.parametrize("strategy", ["partial", "bitfit", "full"])
+def test_what_adds_nothing_costs_what_the_image_model_costs(strategy) -> None:
+    probe, other = (cost_of(replace(recipes.embedded, strategy=s)) for s in ("linear_probe", strategy))
+    assert other.macs_per_view == probe.macs_per_view
+    assert other.total_params == probe.total_params
+
+
+@pytest.mark.parametrize(("placement", "adapters", "dead"), [("after_mlp", 12, 1), ("parallel", 12, 1)])
+def test_the_last_adapter_behind_the_attention_is_dead(placement, adapters, dead) -> None:
+    cost = cost_of(clip_b16(placement))
+    assert cost.adapter_params == adapters * 592_512
+    assert cost.dead_params == dead * 592_512

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from stadapter import config, record
 from stadapter.config import ConfigError, Recipe
 from stadapter.model import build_model, trainable_parameters
-from stadapter.train import Operation, TrainingError, dropout_mask, learning_rate, make_optimizer, train
+from stadapter.train import Operation, TrainingError, diverged, dropout_mask, learning_rate, make_optimizer, train
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,42 @@ def test_the_optimizer_holds_what_is_trained_and_decays_no_bias(tiny_recipe: Rec
     assert decayed["weight_decay"] == tiny_recipe.optim.weight_decay
     assert all(name.endswith("weight") for name in (names[id(p)] for p in decayed["params"]))
     assert {n for n in names.values() if n.endswith("bias")} <= {names[id(p)] for p in kept["params"]}
+
+
+def test_the_backbone_learns_at_its_own_rate(tiny_recipe: Recipe) -> None:
+    recipe = config.replace(tiny_recipe, **{"strategy": "full_space_time", "optim.backbone_lr_factor": 0.125})
+    model = build_model(recipe)
+    names = {id(p): name for name, p in trainable_parameters(model).items()}
+    seen = {}
+    for group in make_optimizer(model, recipe.optim).param_groups:
+        assert group["lr"] == recipe.optim.peak_lr * group["lr_factor"]
+        seen |= {names[id(p)]: group["lr_factor"] for p in group["params"]}
+    assert seen == {name: 0.125 if name.startswith("vit.") else 1.0 for name in names.values()}
+
+
+def test_the_schedule_keeps_the_ratio_of_the_two_rates(
+    tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+) -> None:
+    """A backbone that does not learn is all but the backbone that it was; the head goes on as before."""
+    changes = {"strategy": "full", "optim.epochs": 1, "optim.backbone_lr_factor": 1e-9, "optim.weight_decay": 0.0}
+    recipe = config.replace(tiny_recipe, **changes)
+    train(recipe, tmp_path, operation)
+    before, after = dict(build_model(recipe).named_parameters()), load_file(tmp_path / record.TRAINED)
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in after}
+    assert all(step < 1e-7 for name, step in moved.items() if name.startswith("vit."))
+    assert moved["head.weight"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("train_losses", "is_diverged"), [([2.5, 1.0], False), ([2.5, 2.48], True), ([1.0, 30.0], True), ([2.4], False)]
+)
+def test_a_loss_no_better_than_guessing_is_called_diverged(train_losses: list[float], is_diverged: bool) -> None:
+    assert diverged(train_losses, 12) == is_diverged  # ln 12 = 2.485
+    assert diverged(train_losses, 3, 4) == is_diverged  # two heads: ln 3 + ln 4
+
+
+def test_a_loss_that_is_no_number_is_called_diverged() -> None:
+    assert diverged([math.nan], 12)
 
 
 def test_the_peak_rate_is_linear_in_the_global_batch(tiny_recipe: Recipe) -> None:

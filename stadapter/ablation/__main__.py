@@ -1,4 +1,4 @@
-"""`python -m stadapter.ablation`: look at sweeps that have run."""
+"""`python -m stadapter.ablation`: look at sweeps that have run, and search for settings to run them with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stadapter.ablation import table
+from stadapter.ablation import table, tune
 from stadapter.ablation.cli import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
-from stadapter.ablation.trial import SWEEP, load_sweep, records
+from stadapter.ablation.trial import load_sweep, records, sweep_folders
 from stadapter.config import ConfigError
 
 DEFAULT_UI_PORT = 5000
@@ -18,8 +18,8 @@ DEFAULT_UI_PORT = 5000
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m stadapter.ablation",
-        description="Look at sweeps that have run.",
-        epilog="exit codes: 0 done; 2 the input cannot work",
+        description="Look at sweeps that have run, and search for settings to run them with.",
+        epilog="exit codes: 0 done; 1 a search without a finished trial; 2 the input cannot work",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -33,11 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
         help="bring an MLflow store up to date",
         description="Replay the records of every sweep into an MLflow store; nothing is written twice.",
     )
+    tuned = commands.add_parser(
+        "tune",
+        help="search for optimiser settings",
+        description="Search learning rate, weight decay, warm-up and dropout on the validation split with Optuna. "
+        "Trials of the --output that finished before are known to the search.",
+    )
+    tune.add_arguments(tuned)
     for command in (ui, sync):
         command.add_argument(
             "--tracking-uri", default=DEFAULT_STORE, metavar="URI", help="the MLflow store (default: %(default)s)"
         )
-    for command in (shown, sync):
+    for command in (shown, sync, tuned):
         command.add_argument(
             "--output",
             type=Path,
@@ -47,17 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
     options = parser.parse_args(arguments)
     try:
-        return {"ui": _ui, "table": _table, "sync": _sync}[options.command](options)
+        return {"ui": _ui, "table": _table, "sync": _sync, "tune": tune.run}[options.command](options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _sweep_folders(output: Path) -> list[Path]:
-    folders = sorted(path.parent for path in output.glob(f"sweeps/*/{SWEEP}"))
-    if not folders:
-        raise ConfigError(f"--output {output}: there is no sweep in this folder")
-    return folders
 
 
 def _ui(options: argparse.Namespace) -> int:
@@ -89,7 +89,7 @@ def _ui(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    for folder in _sweep_folders(options.output):
+    for folder in sweep_folders(options.output):
         sweep = load_sweep(folder)
         print(f"{sweep.question}\n\n{table.to_text(sweep, records(sweep, options.output))}")
     return 0
@@ -98,7 +98,7 @@ def _table(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from stadapter.ablation.tracking import sync
 
-    for folder in _sweep_folders(options.output):
+    for folder in sweep_folders(options.output):
         sweep = load_sweep(folder)
         finished, begun = sync(sweep, options.output.resolve(), options.tracking_uri)
         print(f"{folder.name}: {finished} finished trials and {begun} begun ones are in {options.tracking_uri}")

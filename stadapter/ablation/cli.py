@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from stadapter import config, recipes, record
 from stadapter.ablation import table
 from stadapter.ablation.terminal import Terminal
-from stadapter.ablation.trial import Arm, Sweep, Trial, make_sweep, records, save_sweep
+from stadapter.ablation.trial import SWEEP, Arm, Sweep, Trial, make_sweep, records, save_sweep
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.storage import data_root
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from stadapter.data.clips import Elsewhere
     from stadapter.train import Operation
 
+Values = Sequence[str] | Callable[[Recipe], Sequence[str]]
 DEFAULT_OUTPUT = Path("runs")
 DEFAULT_STORE = "sqlite:///mlflow.db"
 DEFAULT_SEEDS = 2
@@ -44,25 +45,27 @@ exit codes: 0 every trial finished; 1 some trial failed; 2 the input cannot work
 def main(
     doc: str,
     name: str,
-    values: Sequence[str],
+    values: Values,
     make_arm: Callable[[Recipe, str], Arm],
     arguments: list[str] | None = None,
 ) -> None:
     """Run the ablation script's command line and exit.
 
-    `doc` is the script's docstring, its first paragraph the question. `make_arm` turns the recipe and one of `values`
-    (or of the words given to --values) into an arm; what it cannot read is a ConfigError.
+    `doc` is the script's docstring, its first paragraph the question, the one after 'Expected:' what should come out.
+    `make_arm` turns the recipe and one of `values` (or of the words given to --values) into an arm; what it cannot
+    read is a ConfigError. `values` may be a function of the recipe, where the arms worth comparing depend on it.
     """
     options = _parser(doc, name, values).parse_args(arguments)
     try:
-        code = _run(doc.strip().split("\n\n")[0].replace("\n", " "), name, make_arm, options)
+        code = _run(doc, name, values, make_arm, options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
 
 
-def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(doc: str, name: str, values: Values) -> argparse.ArgumentParser:
+    shown = "depends on the recipe, see above" if callable(values) else " ".join(values)
     parser = argparse.ArgumentParser(
         description=doc.strip(),
         epilog=f"{recipes.listing()}\n\nfields for --set:\n{_field_help()}\n\n{EXIT_CODES}",
@@ -73,9 +76,7 @@ def _parser(doc: str, name: str, values: Sequence[str]) -> argparse.ArgumentPars
         "--recipe", metavar="NAME",
         help="the training that the arms vary (default: embedded on a machine without GPUs, ssv2_clip_b16 with)",
     )  # fmt: skip
-    what.add_argument(
-        "--values", nargs="+", default=list(values), metavar="V", help=f"the arms (default: {' '.join(values)})"
-    )
+    what.add_argument("--values", nargs="+", metavar="V", help=f"the arms (default: {shown})")
     what.add_argument(
         "--seeds", type=int, default=DEFAULT_SEEDS, metavar="N",
         help="trials per arm; seed k sees the same clips in the same order in every arm (default: %(default)s)",
@@ -154,12 +155,17 @@ def _field_help() -> str:
     return "\n".join(lines) + "\n  (values shown: the embedded recipe's)"
 
 
-def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], options: argparse.Namespace) -> int:
+def _run(
+    doc: str, name: str, values: Values, make_arm: Callable[[Recipe, str], Arm], options: argparse.Namespace
+) -> int:
     _check_numbers(options)
     if options.dashboard_port is not None:
         check_port("--dashboard-port", options.dashboard_port)
     num_gpus = _num_gpus(options)
-    sweep = _make_sweep(question, name, make_arm, options, default_recipe="ssv2_clip_b16" if num_gpus else "embedded")
+    recipe = _recipe(options, default="ssv2_clip_b16" if num_gpus else "embedded")
+    words = options.values or (values(recipe) if callable(values) else values)
+    question, expected = _question_of(doc)
+    sweep = make_sweep(name, question, recipe, [make_arm(recipe, word) for word in words], options.seeds, expected)
 
     # Everything that can be wrong with the input shows before anything is started or written.
     from stadapter.backbones import load_backbone
@@ -204,9 +210,9 @@ def _run(question: str, name: str, make_arm: Callable[[Recipe, str], Arm], optio
     for arm, count in dead.items():
         if count:
             print(
-                f"note: {arm}: the after_mhsa adapter of the last block can never receive a gradient (only CLS is read"
+                f"note: {arm}: behind the last attention only CLS is read, so the last block's adapter there can never"
             )
-            print(f"      after it); its {count:,} parameters are neither trained nor counted as trainable")
+            print(f"      receive a gradient; its {count:,} parameters are neither trained nor counted as trainable")
     if options.cache_gb:
         from stadapter.data.disk_need import describe, disk_need
 
@@ -267,15 +273,19 @@ def check_port(flag: str, port: int) -> None:
             raise ConfigError(f"{flag} {port}: cannot be used ({reason}); choose another port") from None
 
 
-def _make_sweep(
-    question: str, name: str, make_arm: Callable[[Recipe, str], Arm], options: argparse.Namespace, default_recipe: str
-) -> Sweep:
+def _recipe(options: argparse.Namespace, default: str) -> Recipe:
     fields = dict(config.parse_override(text) for text in options.overrides)
     if "seed" in fields:
         raise ConfigError("--set seed: seeds are 0 ... N - 1 of --seeds N")
-    recipe = config.replace(recipes.get(options.recipe or default_recipe), **fields)
-    recipe = recipes.with_weights(recipe, options.weights)
-    return make_sweep(name, question, recipe, [make_arm(recipe, value) for value in options.values], options.seeds)
+    recipe = config.replace(recipes.get(options.recipe or default), **fields)
+    return recipes.with_weights(recipe, options.weights)
+
+
+def _question_of(doc: str) -> tuple[str, str]:
+    """A script's question, its first paragraph, and what its paragraph 'Expected:' says."""
+    paragraphs = [paragraph.replace("\n", " ") for paragraph in doc.strip().split("\n\n")]
+    expected = next((p.removeprefix("Expected: ") for p in paragraphs if p.startswith("Expected: ")), "")
+    return paragraphs[0], expected
 
 
 def _launch(sweep: Sweep, output: Path, operation: Operation, resources: Resources, options: argparse.Namespace) -> int:
@@ -322,7 +332,7 @@ def _launch(sweep: Sweep, output: Path, operation: Operation, resources: Resourc
     unfinished = sum(result is None for result in found)
     if mirror is not None:
         status = "FAILED" if terminal.failed else "KILLED" if unfinished else "FINISHED"
-        mirror.finish([folder / file for file in files], status)
+        mirror.finish([folder / file for file in (SWEEP, *files)], status)
     if unfinished:
         print(f"{unfinished} of {len(found)} trials have no result. The same command runs these again, and only these.")
         return 130 if terminal.failed < unfinished else 1

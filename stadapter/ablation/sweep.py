@@ -1,4 +1,4 @@
-"""Trials on Ray: the only module that imports it, but for `cluster_decoding`.
+"""Trials on Ray: the only module that imports it, but for `search` and `cluster_decoding`, which need it likewise.
 
 A trial that fits one process runs inside a Tune function whose process the next trial uses again. A trial that needs
 several processes is a Tune function that starts Ray Train inside and holds no CPU itself, or two CPUs would wait for
@@ -157,9 +157,9 @@ def run_trials(cluster: Cluster, trials: Sequence[Trial], output: Path, operatio
             if several:
                 _train_in_several_processes(recipe, folder, operation, resources)
             else:
-                _train_here(recipe, folder, operation, resources)
+                train_here(recipe, folder, operation, resources)
         except Exception as error:  # whatever it is, it is this trial's: told in its folder, and the others go on
-            _write_error(folder, error)
+            write_error(folder, error)
 
     if several:
         # Any cluster's head has this resource; a tiny share places the waiting function there, without a CPU.
@@ -195,14 +195,15 @@ class _Events(tune.Callback):
         if (self.folders[number] / record.RESULT).exists():
             self.on_event("finished", self.trials[number], {})
         else:
-            self.on_event("failed", self.trials[number], {"message": _last_line(self.folders[number] / ERROR)})
+            self.on_event("failed", self.trials[number], {"message": last_line(self.folders[number] / ERROR)})
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
         self.on_event("failed", self.trials[number], {"message": "its process died (out of memory, or killed)"})
 
 
-def _train_here(recipe: Recipe, folder: Path, operation: Operation, resources: Resources) -> None:
+def train_here(recipe: Recipe, folder: Path, operation: Operation, resources: Resources) -> None:
+    """Train in this process, a Tune function's, and report every epoch to Tune."""
     torch.set_num_threads(resources.cpus_per_process)
     device = torch.device("cuda" if resources.num_gpus else "cpu")
     train(recipe, folder, operation, World(device=device), on_epoch=lambda metrics: tune.report(metrics))
@@ -239,12 +240,14 @@ def _train_in_several_processes(recipe: Recipe, folder: Path, operation: Operati
     ).fit()
 
 
-def _write_error(folder: Path, error: Exception) -> None:
+def write_error(folder: Path, error: Exception) -> None:
+    """Leave why a trial failed in its folder, the cause as the last line."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(traceback.format_exception(error))
     cause = str(error).strip().splitlines() or [type(error).__name__]
     record.write_atomically(folder / ERROR, f"{text}\n{cause[-1]}\n".encode())
 
 
-def _last_line(path: Path) -> str:
+def last_line(path: Path) -> str:
+    """Why a trial failed, from its error file."""
     return path.read_text().strip().splitlines()[-1] if path.exists() else "ended without a result"

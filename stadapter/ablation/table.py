@@ -1,167 +1,227 @@
 """The table of a sweep: one row per arm, made from the records and nothing else.
 
-A trial that failed or has not run leaves a marked hole: the row says how many seeds it stands on. A published value
-appears only where the arm is exactly a published configuration (`paper.toml`, with its source); elsewhere a dash.
+A trial without a result leaves a marked hole: the row says how many seeds it stands on. A published value appears only
+where the arm is exactly a published configuration; elsewhere a dash. The terminal, the files of a sweep, and the
+reports of `analysis` all show these rows.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import math
 import statistics
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from stadapter.ablation.trial import Sweep
+from stadapter import config
+from stadapter.ablation.published import MARKS, Published, published
+from stadapter.ablation.statistics import Difference, Summary, compare, holm, summarise
+from stadapter.ablation.trial import Sweep, Trial
 from stadapter.config import Recipe
 
-PAPER = Path(__file__).parent.parent / "assets" / "paper.toml"
-_BACKBONES = {
-    "timm/vit_base_patch16_clip_224.openai": "clip_vit_b16",
-    "open_clip/ViT-B-16/openai": "clip_vit_b16",
-    "timm/vit_large_patch14_clip_224.openai": "clip_vit_l14",
-    "open_clip/ViT-L-14/openai": "clip_vit_l14",
-}
 DASH = "-"
-# Of opposite pairs, and of verb and noun heads, whose top-1 is that of the action.
+DIVERGED = "†"
+# Accuracies that only some data sets have: of opposite pairs, and of verb and noun heads (top-1 is then the action's).
 _PARTS = {"direction_top1": "direction %", "verb_top1": "verb %", "noun_top1": "noun %"}
+Records = Sequence[dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm over its seeds; values are in the order of the seeds that finished."""
+    """One arm over its seeds."""
 
     arm: str
-    wanted: int  # seeds asked for
-    top1: tuple[float, ...]
-    parts: Mapping[str, tuple[float, ...]]  # the other accuracies that the data set has, by their names in _PARTS
+    recipe: Recipe  # of its first seed
+    trials: tuple[str, ...]  # ids of all seeds asked for
+    is_default: bool
+    top1_by_seed: dict[int, float]  # per cent, of the seeds that finished
+    top1: Summary | None
+    parts: Mapping[str, Summary]  # the other accuracies that the data set has, by their names in _PARTS
+    difference: Difference | None  # to the default arm; None for that arm itself
     trainable_params: int | None
     gmacs: float | None  # all test views together, as papers print it
-    seconds: tuple[float, ...]
-    paper_top1: float | None
-    paper_source: str
+    peak_memory_mib: float | None
+    seconds: float | None  # mean per trial
+    diverged: int  # finished seeds whose training was flagged as diverged
+    published: Published | None
 
     @property
     def hole(self) -> str:
-        """What a reader must know about missing trials; empty when there is nothing to say."""
-        return "" if len(self.top1) == self.wanted else f"{self.wanted - len(self.top1)} of {self.wanted} missing"
+        """What a reader must know about missing trials, `1 of 2`; empty when there is nothing to say."""
+        wanted, there = len(self.trials), len(self.top1_by_seed)
+        return "" if there == wanted else f"{there} of {wanted}"
 
 
-def make_rows(sweep: Sweep, records: Sequence[dict[str, Any] | None]) -> list[Row]:
+def default_arm(sweep: Sweep) -> str:
+    """The arm that the others are compared with: the one equal to the sweep's recipe, else the first."""
+    unchanged = config.identity(config.replace(sweep.recipe, seed=0))
+    same = (t.arm for t in sweep.trials if config.identity(config.replace(t.recipe, seed=0)) == unchanged)
+    return next(same, sweep.arms[0].label)
+
+
+def usable(result: dict[str, Any] | None) -> bool:
+    """Whether a record has a number to count; one that is not finite is a hole, not a mean."""
+    return result is not None and math.isfinite(result["metrics"].get("top1", math.nan))
+
+
+def make_rows(sweep: Sweep, records: Records) -> list[Row]:
     """One row per arm, in the sweep's order. `records` are in the order of `sweep.trials`, None for a missing one."""
-    rows = []
-    for arm in sweep.arms:
-        mine = [(t, r) for t, r in zip(sweep.trials, records, strict=True) if t.arm == arm.label]
-        done = [r for _, r in mine if r is not None]
-        paper_top1, source = published(mine[0][0].recipe)
-        rows.append(
-            Row(
-                arm=arm.label,
-                wanted=len(mine),
-                top1=tuple(r["metrics"]["top1"] for r in done),
-                parts={
-                    name: values
-                    for name in _PARTS
-                    if (values := tuple(r["metrics"][name] for r in done if name in r["metrics"]))
-                },
-                trainable_params=done[0]["trainable_params"] if done else None,
-                gmacs=done[0]["macs_per_view"] * done[0]["views"] / 1e9 if done else None,
-                seconds=tuple(r["seconds"] for r in done),
-                paper_top1=paper_top1,
-                paper_source=source,
-            )
-        )
-    return rows
+    default = default_arm(sweep)
+    mine: dict[str, list[tuple[Trial, dict[str, Any] | None]]] = {arm.label: [] for arm in sweep.arms}
+    for trial, result in zip(sweep.trials, records, strict=True):
+        mine[trial.arm].append((trial, result if usable(result) else None))
+    rows = [_row(arm, pairs, arm == default) for arm, pairs in mine.items()]
+    reference = next(row for row in rows if row.is_default).top1_by_seed
+    differences = [None if row.is_default else compare(row.top1_by_seed, reference) for row in rows]
+    corrected = holm([d.p if d else None for d in differences])
+    return [
+        dataclasses.replace(row, difference=d and dataclasses.replace(d, p_holm=p))
+        for row, d, p in zip(rows, differences, corrected, strict=True)
+    ]
 
 
-def published(recipe: Recipe, paper: Path = PAPER) -> tuple[float | None, str]:
-    """The published top-1 of exactly this configuration and its source, or (None, "")."""
-    data, adapter = recipe.data, recipe.adapter
-    backbone = _BACKBONES.get(recipe.backbone.name)
-    known = tomllib.loads(paper.read_text())
-    setting = known["recipe"].get(data.dataset, {})
-    if (
-        recipe.strategy != "st_adapter"
-        or backbone is None
-        or adapter.blocks is not None
-        or adapter.activation != "none"
-    ):
-        return None, ""
-    if (adapter.placement, list(adapter.kernel_size)) != (setting.get("placement"), setting.get("kernel")):
-        return None, ""
-    depth = {"clip_vit_b16": 12, "clip_vit_l14": 24}[backbone]
-    adapters = f"{depth * (2 if adapter.placement == 'both' else 1)}x{adapter.bottleneck_width}"
-    views = f"{data.test_temporal_views}x{data.test_spatial_views}"
-    for entry in known["accuracy"]:
-        same = (entry["dataset"], entry["backbone"], entry.get("adapters"), entry.get("frames"), entry.get("views"))
-        if same == (data.dataset, backbone, adapters, data.num_frames, views) and entry["status"] == "verified":
-            return entry["top1"], entry["source"]
-    return None, ""
-
-
-_HEADER = ("arm", "top-1 %", *_PARTS.values(), "trainable", "GMACs", "seconds", "paper top-1 %", "seeds")
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    seeds = str(len(row.top1)) if not row.hole else f"{len(row.top1)} ({row.hole})"
-    return (
-        row.arm,
-        mean_and_spread(row.top1),
-        *(mean_and_spread(row.parts.get(name, ())) for name in _PARTS),
-        DASH if row.trainable_params is None else f"{row.trainable_params:,}",
-        DASH if row.gmacs is None else f"{row.gmacs:.4g}",
-        DASH if not row.seconds else f"{statistics.mean(row.seconds):.0f}",
-        DASH if row.paper_top1 is None else f"{row.paper_top1:.1f}",
-        seeds,
+def _row(arm: str, pairs: Sequence[tuple[Trial, dict[str, Any] | None]], is_default: bool) -> Row:
+    done = [result for _, result in pairs if result is not None]
+    top1 = {trial.seed: result["metrics"]["top1"] for trial, result in pairs if result is not None}
+    memory = [r["peak_memory_mib"] for r in done if r.get("peak_memory_mib") is not None]
+    params = done[0]["trainable_params"] if done else None
+    return Row(
+        arm=arm,
+        recipe=pairs[0][0].recipe,
+        trials=tuple(trial.id for trial, _ in pairs),
+        is_default=is_default,
+        top1_by_seed=top1,
+        top1=summarise(list(top1.values())),
+        parts={
+            name: found
+            for name in _PARTS
+            if (found := summarise([r["metrics"][name] for r in done if name in r["metrics"]])) is not None
+        },
+        difference=None,
+        trainable_params=params,
+        gmacs=done[0]["macs_per_view"] * done[0]["views"] / 1e9 if done else None,
+        peak_memory_mib=max(memory, default=None),
+        seconds=statistics.fmean(r["seconds"] for r in done) if done else None,
+        diverged=sum(bool(r.get("diverged")) for r in done),
+        published=published(pairs[0][0].recipe, params),
     )
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
+def mean_and_spread(summary: Summary | None) -> str:
     """`97.1 ± 0.4`: mean and standard deviation over seeds; a single value has no spread to show."""
-    if not values:
+    if summary is None:
         return DASH
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return f"{summary.mean:.1f}" if summary.sd is None else f"{summary.mean:.1f} ± {summary.sd:.1f}"
 
 
-def _columns(rows: Sequence[Row]) -> list[int]:
-    """Columns to show: direction, verb and noun only where they were measured."""
-    measured = {_PARTS[name] for row in rows for name in row.parts}
-    return [i for i, name in enumerate(_HEADER) if name not in _PARTS.values() or name in measured]
+def p_text(p: float | None) -> str:
+    """`0.031`, `<0.001`, or a dash."""
+    if p is None:
+        return DASH
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def notes(sweep: Sweep, rows: Sequence[Row], records: Sequence[dict[str, Any] | None]) -> list[str]:
+def signed(value: float | None) -> str:
+    """`+1.2`, `-0.4`, or a dash; what rounds to nothing has no minus."""
+    return DASH if value is None else f"{round(value, 1) + 0.0:+.1f}"
+
+
+def _interval(summary: Summary | None) -> str:
+    if summary is None or summary.low is None or summary.high is None:
+        return DASH
+    return f"{max(0.0, summary.low):.1f} to {min(100.0, summary.high):.1f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return DASH if value is None else format(value, form)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    difference = row.difference
+    return {
+        "arm": row.arm,
+        "top-1 %": mean_and_spread(row.top1) + (DIVERGED if row.diverged else ""),
+        "95 % interval": _interval(row.top1),
+        "Δ": "default" if row.is_default else signed(difference.mean if difference else None),
+        "p (Holm)": p_text(difference.p_holm if difference else None),
+        **{heading: mean_and_spread(row.parts.get(name)) for name, heading in _PARTS.items()},
+        "trainable": _number(row.trainable_params, ","),
+        "GMACs": _number(row.gmacs, ".4g"),
+        "MiB": _number(row.peak_memory_mib, ".0f"),
+        "seconds": _number(row.seconds, ".0f"),
+        "paper %": str(row.published) if row.published else DASH,
+        "seeds": row.hole or str(len(row.top1_by_seed)),
+    }
+
+
+def grid(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and one line of text per row; a column about what was never measured is left out."""
+    lines = [_cells(row) for row in rows]
+    optional = ("95 % interval", "p (Holm)", *_PARTS.values(), "MiB")
+    shown = [name for name in lines[0] if name not in optional or any(line[name] != DASH for line in lines)]
+    return [shown, *([line[name] for name in shown] for line in lines)]
+
+
+def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
     """What a reader needs to judge the table: spread, source of published values, data, code and machine."""
-    done = [r for r in records if r is not None]
-    lines = ["± is the standard deviation over seeds; GMACs count all test views of a clip; seconds are per trial."]
-    sources = sorted({row.paper_source for row in rows if row.paper_source})
-    lines.append(
-        f"Paper values: {'; '.join(sources)}." if sources else "No published value is known for these arms (-)."
-    )
-    if done:
-        test = sorted({f"{r['data']['test']['clips']} clips, {r['data']['test']['fingerprint']}" for r in done})
-        commits = sorted({r["git_commit"][:10] + ("+changes" if r["git_dirty"] else "") for r in done})
-        devices = sorted({f"{r['device']}, {r['precision']}" for r in done})
-        lines.append(f"Test data {sweep.recipe.data.dataset}: {' | '.join(test)}. Code {' | '.join(commits)}.")
-        lines.append(f"Measured on {' | '.join(devices)}.")
-        for split, fate in (("train", "replaced by their neighbours"), ("test", "counted as wrong")):
-            bad = [r["bad_clips"][split] for r in done if r.get("bad_clips", {}).get(split, {}).get("clips")]
-            if bad:
-                most = max(bad, key=lambda found: found["clips"])
-                lines.append(f"Unreadable {split} clips, {fate}: up to {most['clips']}; first {most['first'][0]}.")
+    several = [row for row in rows if row.top1 and row.top1.n > 1]
+    lines = []
+    if several:
+        lines.append(
+            "± is the standard deviation over seeds; the interval of the mean is Student's t, cut at 0 and 100."
+        )
+        lines.append(f"Δ: mean difference to '{default_arm(sweep)}', paired by seed; p: paired t test, Holm-corrected.")
+    if any(row.top1.low is None for row in several if row.top1):
+        lines.append("Equal accuracies in all seeds have no interval, equal differences no p-value: not certainty.")
+    if len({t.seed for t in sweep.trials}) == 1:
+        lines.append("One seed per arm: no error bar, interval or p-value can be given; --seeds 3 adds seeds.")
+    elif any(row.top1 and row.top1.n == 1 for row in rows):
+        lines.append("An arm with one finished seed has no error bar.")
+    if holes := [f"{row.arm} ({row.hole} seeds finished)" for row in rows if row.hole]:
+        lines.append(f"INCOMPLETE: {', '.join(holes)}; means and differences stand on the seeds that finished.")
+    if any(row.diverged for row in rows):
+        lines.append(f"{DIVERGED} the training of at least one seed diverged; its number is in the mean.")
+    lines.append("GMACs count all test views of a clip; MiB is the highest peak memory; seconds are per trial.")
+    values = {str(row.published): row.published for row in rows if row.published}
+    if values:
+        said = [f"{value} {p.source} ({p.status})" for value, p in values.items()]
+        lines.append(
+            f"Paper values, {MARKS['verified']} verified, {MARKS['unverified']} unverified: {'; '.join(said)}."
+        )
+    else:
+        lines.append("No published value is known for these arms (-).")
+    return lines + _origin(sweep, [r for r in records if r is not None])
+
+
+def _origin(sweep: Sweep, done: Sequence[dict[str, Any]]) -> list[str]:
+    """Data, code and machine; a warning where the trials do not share their data."""
+    if not done:
+        return []
+    test = sorted({f"{r['data']['test']['clips']} clips, {r['data']['test']['fingerprint']}" for r in done})
+    commits = sorted({r["git_commit"][:10] + ("+changes" if r["git_dirty"] else "") for r in done})
+    devices = sorted({f"{r['device']}, {r['precision']}" for r in done})
+    lines = [
+        f"Test data {sweep.recipe.data.dataset}: {' | '.join(test)}. Code {' | '.join(commits)}.",
+        f"Measured on {' | '.join(devices)}.",
+    ]
+    for split, fate in (("train", "replaced by their neighbours"), ("test", "counted as wrong")):
+        bad = [r["bad_clips"][split] for r in done if r.get("bad_clips", {}).get(split, {}).get("clips")]
+        if bad:
+            most = max(bad, key=lambda found: found["clips"])
+            lines.append(f"Unreadable {split} clips, {fate}: up to {most['clips']}; first {most['first'][0]}.")
+    if len(test) > 1:
+        lines.insert(0, "WARNING: the trials were not tested on the same clips; their differences mean nothing.")
     return lines
 
 
-def to_text(sweep: Sweep, records: Sequence[dict[str, Any] | None]) -> str:
+def to_text(sweep: Sweep, records: Records) -> str:
     """The table for a terminal."""
     rows = make_rows(sweep, records)
-    shown = _columns(rows)
-    grid = [[cells[i] for i in shown] for cells in [_HEADER, *map(_cells, rows)]]
-    widths = [max(len(line[i]) for line in grid) for i in range(len(shown))]
+    lines = grid(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
     def line(cells: Sequence[str]) -> str:
         first, *rest = [
@@ -170,42 +230,32 @@ def to_text(sweep: Sweep, records: Sequence[dict[str, Any] | None]) -> str:
         return "  ".join([first, *rest]).rstrip()
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(grid[0]), rule, *map(line, grid[1:]), rule, *notes(sweep, rows, records)]) + "\n"
+    return "\n".join([line(lines[0]), rule, *map(line, lines[1:]), rule, *notes(sweep, rows, records)]) + "\n"
 
 
-def to_markdown(sweep: Sweep, records: Sequence[dict[str, Any] | None]) -> str:
-    """The table for a document."""
+def to_markdown(sweep: Sweep, records: Records) -> str:
+    """The table for a document, its notes as a list."""
     rows = make_rows(sweep, records)
-    shown = _columns(rows)
-    lines = ["| " + " | ".join(cells[i] for i in shown) + " |" for cells in [_HEADER, *map(_cells, rows)]]
-    rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(shown))) + "|"
-    return "\n".join([lines[0], rule, *lines[1:], "", *notes(sweep, rows, records)]) + "\n"
+    header, *body = ["| " + " | ".join(cells) + " |" for cells in grid(rows)]
+    rule = "|---|" + "---:|" * (len(grid(rows)[0]) - 1)
+    return "\n".join([header, rule, *body, "", *(f"- {note}" for note in notes(sweep, rows, records))]) + "\n"
 
 
-def to_csv(sweep: Sweep, records: Sequence[dict[str, Any] | None]) -> str:
+_COUNTED = ("trainable_params", "macs_per_view", "views", "seconds", "peak_memory_mib", "git_commit")
+
+
+def to_csv(sweep: Sweep, records: Records) -> str:
     """One line per trial, unrounded: what the rows are made from."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        [
-            "arm",
-            "seed",
-            "trial_id",
-            "status",
-            "top1",
-            *_PARTS,
-            "trainable_params",
-            "macs_per_view",
-            "views",
-            "seconds",
-        ]
-    )
+    writer.writerow(["arm", "seed", "trial_id", "status", "top1", *_PARTS, *_COUNTED])
     for trial, result in zip(sweep.trials, records, strict=True):
         if result is None:
-            writer.writerow([trial.arm, trial.seed, trial.id, "missing", *[""] * (5 + len(_PARTS))])
+            writer.writerow([trial.arm, trial.seed, trial.id, "missing", *[""] * (1 + len(_PARTS) + len(_COUNTED))])
         else:
             metrics = result["metrics"]
             measured = [metrics["top1"], *(metrics.get(name, "") for name in _PARTS)]
-            counted = [result[name] for name in ("trainable_params", "macs_per_view", "views", "seconds")]
-            writer.writerow([trial.arm, trial.seed, trial.id, "finished", *measured, *counted])
+            counted = [result.get(name, "") for name in _COUNTED]
+            status = "diverged" if result.get("diverged") else "finished"
+            writer.writerow([trial.arm, trial.seed, trial.id, status, *measured, *counted])
     return buffer.getvalue()

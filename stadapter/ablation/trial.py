@@ -56,12 +56,13 @@ class Sweep:
     recipe: Recipe
     arms: tuple[Arm, ...]
     trials: tuple[Trial, ...]
+    expected: str = ""  # what the paper says, or what the script predicts: shown beside what came out
 
     def folder(self, output: Path) -> Path:
         return output / "sweeps" / f"{self.name}-{self.recipe.name}"
 
 
-def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], seeds: int) -> Sweep:
+def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], seeds: int, expected: str = "") -> Sweep:
     """Every arm with seeds 0 ... seeds - 1, seeds innermost. ConfigError where two arms are the same training."""
     trials = []
     seen: dict[str, str] = {}
@@ -72,7 +73,7 @@ def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], se
                 raise ConfigError(f"arms '{seen[trial.id]}' and '{arm.label}' are the same training; leave one out")
             seen[trial.id] = arm.label
             trials.append(trial)
-    return Sweep(name, question, recipe, tuple(arms), tuple(trials))
+    return Sweep(name, question, recipe, tuple(arms), tuple(trials), expected)
 
 
 def records(sweep: Sweep, output: Path) -> list[dict[str, Any] | None]:
@@ -90,6 +91,7 @@ def save_sweep(sweep: Sweep, output: Path) -> None:
     description = {
         "name": sweep.name,
         "question": sweep.question,
+        "expected": sweep.expected,
         "recipe": config.flatten(sweep.recipe),
         "arms": arms,
         "seeds": len(seeds),
@@ -104,4 +106,13 @@ def load_sweep(folder: Path) -> Sweep:
         raise ConfigError(f"{path}: there is no sweep here")
     saved = json.loads(path.read_text())
     arms = [Arm(arm["label"], arm["fields"]) for arm in saved["arms"]]
-    return make_sweep(saved["name"], saved["question"], config.unflatten(saved["recipe"]), arms, saved["seeds"])
+    recipe = config.unflatten(saved["recipe"])
+    return make_sweep(saved["name"], saved["question"], recipe, arms, saved["seeds"], saved.get("expected", ""))
+
+
+def sweep_folders(output: Path) -> list[Path]:
+    """The folders of all sweeps under `output`, by name; ConfigError where there is none."""
+    folders = sorted(path.parent for path in output.glob(f"sweeps/*/{SWEEP}"))
+    if not folders:
+        raise ConfigError(f"--output {output}: there is no sweep in this folder")
+    return folders

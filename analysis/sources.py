@@ -1,0 +1,47 @@
+"""Where records come from: the output folder of the sweeps, or an MLflow store. Both give the same answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from stadapter.ablation import table
+from stadapter.ablation.table import Records, Row
+from stadapter.ablation.trial import Sweep, load_sweep, records, sweep_folders
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question (its sweep) with the record of each trial, None where there is none."""
+
+    sweep: Sweep
+    records: Records
+
+    @property
+    def name(self) -> str:
+        """The name of the sweep's folder, such as `kernel-embedded`."""
+        return self.sweep.folder(Path()).name
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The statistics, one row per arm."""
+        return table.make_rows(self.sweep, self.records)
+
+    @property
+    def notes(self) -> list[str]:
+        return table.notes(self.sweep, self.rows, self.records)
+
+
+def from_folder(output: Path | str = "runs") -> list[Answer]:
+    """Every sweep under an output folder, by name. ConfigError where there is none."""
+    output = Path(output)
+    sweeps = [load_sweep(folder) for folder in sweep_folders(output)]
+    return [Answer(sweep, records(sweep, output)) for sweep in sweeps]
+
+
+def from_mlflow(tracking_uri: str) -> list[Answer]:
+    """Every sweep in an MLflow store, by name. ConfigError where there is none or the store cannot be read."""
+    from stadapter.ablation.mlflow_records import read_sweeps
+
+    return [Answer(sweep, found) for sweep, found in read_sweeps(tracking_uri)]

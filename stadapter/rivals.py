@@ -1,0 +1,149 @@
+"""What the strategies that ST-Adapter is compared with (paper, Table 1) add to a frozen image transformer.
+
+Each starts as an exact zero beside the frozen model, prompts excepted: the first step of a comparison is the same for
+all. Frame embeddings start at random all the same, behind a map that starts at zero: from zero, a model does not see
+the order of frames and has next to no gradient towards seeing it (direction accuracy stayed at exactly 50 %).
+Where the paper leaves a choice open, the class says which was made and why. LoRA is in `stadapter.lora`.
+
+Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), L = T * S tokens of a clip, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stadapter.vit import Block, ViT, VitShape, attention
+
+FRAME_STD = 0.5  # of frame embeddings, beside tokens of about unit scale
+
+
+class PlainAdapter(nn.Module):
+    """A bottleneck without convolution (Houlsby et al., arXiv 1902.00751): X + GELU(X W_down) W_up, on every token.
+
+    Its place and width are the ST-Adapter's, so that the convolution is what the two differ in. Without a convolution
+    to start at zero, W_up does; without an activation, W_down W_up would be one linear map.
+    """
+
+    adapts_cls = True
+
+    def __init__(self, width: int, bottleneck_width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, bottleneck_width)
+        self.up = nn.Linear(bottleneck_width, width)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None) -> Tensor:
+        """As `STAdapter.forward`; `num_frames` does not matter."""
+        return (x_MSD if onto_MSD is None else onto_MSD) + self.up(F.gelu(self.down(x_MSD)))
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to every token of the clip; what it finds is added to the mean of the frames' CLS.
+
+    As in CoCa's pooler (arXiv 2205.01917), with two choices: the sum, so that it starts as the linear probe, and a
+    learned embedding per frame, without which no pooling could tell a clip from its reversal.
+    """
+
+    def __init__(self, shape: VitShape, num_frames: int) -> None:
+        super().__init__()
+        D = shape.width
+        self.heads = shape.heads
+        self.query = nn.Parameter(torch.empty(D))
+        self.frame = nn.Parameter(FRAME_STD * torch.randn(num_frames, D))
+        self.kv = nn.Linear(D, 2 * D)
+        self.proj = nn.Linear(D, D)
+        nn.init.normal_(self.query)
+        for parameter in (self.kv.bias, self.proj.weight, self.proj.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x_BTSD: Tensor) -> Tensor:
+        """Normalised tokens of whole clips -> [B, D]."""
+        B, _, _, D = x_BTSD.shape
+        x_BLD = (x_BTSD + self.frame[:, None]).flatten(1, 2)
+        k, v = self.kv(x_BLD).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.query.view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
+        return self.proj(attention(q, k, v).flatten(1))
+
+
+class TemporalTransformer(nn.Module):
+    """Transformer blocks over a clip's CLS tokens, one per frame, with a learned embedding per frame.
+
+    The paper names temporal fine-tuning and not its size: one block, whose parameters in a ViT-B are those of twelve
+    ST-Adapters. Its two branches start at zero, and the embedding, which only they read, leaves the sum behind them.
+    """
+
+    def __init__(self, shape: VitShape, num_frames: int, depth: int) -> None:
+        super().__init__()
+        self.frame = nn.Parameter(FRAME_STD * torch.randn(num_frames, shape.width))
+        plain = dataclasses.replace(shape, layer_scale=False)
+        self.blocks = nn.ModuleList(Block(plain) for _ in range(depth))
+        for name, parameter in self.blocks.named_parameters():
+            if ".proj." in name or ".fc2." in name:
+                nn.init.zeros_(parameter)
+
+    def forward(self, cls_BTD: Tensor) -> Tensor:
+        x_BTD = cls_BTD + self.frame
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x_BTD = x_BTD + block.attend(x_BTD)
+            x_BTD = x_BTD + block.mlp(x_BTD)
+        return x_BTD - self.frame
+
+
+class TimeAttention(nn.Module):
+    """Self-attention over the T tokens at one place, before a block's own attention, as a residual branch."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        D = block.proj.in_features
+        self.heads = block.heads
+        self.norm = nn.LayerNorm(D, eps=block.norm1.eps)
+        self.qkv = nn.Linear(D, 3 * D, bias=block.qkv.bias is not None)
+        self.proj = nn.Linear(D, D)
+        self.out = nn.Linear(D, D)
+        # As TimeSformer: the branch copies what the image model knows about attention, and its last map starts at
+        # zero. (Theirs does from the second block on; ours in all, so that the model starts as the image model.)
+        for mine, pretrained in ((self.norm, block.norm1), (self.qkv, block.qkv), (self.proj, block.proj)):
+            mine.load_state_dict(pretrained.state_dict())
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x_MSD: Tensor, frame_TD: Tensor) -> Tensor:
+        """Tokens and frame embeddings -> tokens; CLS passes untouched."""
+        M, S, D = x_MSD.shape
+        B, T, N = M // len(frame_TD), len(frame_TD), S - 1
+        h_BNTD = self.norm(x_MSD[:, 1:]).view(B, T, N, D).transpose(1, 2) + frame_TD
+        q, k, v = self.qkv(h_BNTD).view(B * N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        a_BNTD = self.out(self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, T, D)))
+        return torch.cat([x_MSD[:, :1], x_MSD[:, 1:] + a_BNTD.transpose(1, 2).reshape(M, N, D)], dim=1)
+
+
+class DividedAttention(nn.Module):
+    """What divided space-time attention (TimeSformer, arXiv 2102.05095) adds to a ViT: the paper's fully fine-tuned
+    model, told by its size. With it a ViT-B/16 for 400 classes and 8 frames has 121.57 M parameters, the number
+    reported. Two choices: every frame keeps a CLS of its own, which the head's mean needs, and the frame embedding is
+    read by attention over time alone, where it can start at random without disturbing the image model.
+    """
+
+    def __init__(self, vit: ViT, num_frames: int) -> None:
+        super().__init__()
+        self.frame = nn.Parameter(FRAME_STD * torch.randn(num_frames, vit.shape.width))
+        self.blocks = nn.ModuleList(TimeAttention(block) for block in vit.blocks)
+
+    def forward(self, x_MSD: Tensor, block: int) -> Tensor:
+        """The tokens that go into this block's own attention; CLS passes untouched."""
+        return self.blocks[block](x_MSD, self.frame)
+
+
+def make_prompts(shape: VitShape, count: int) -> nn.Parameter:
+    """Prompts [P, D] of one block: uniform, as deep visual prompt tuning starts them (VPT, arXiv 2203.12119).
+
+    Each block gets prompts of its own, and drops those of the block below; all frames share them.
+    """
+    bound = (6 / (3 * shape.patch_size**2 + shape.width)) ** 0.5
+    return nn.Parameter(torch.empty(count, shape.width).uniform_(-bound, bound))
