@@ -58,8 +58,8 @@ def search(
         try:
             if record.read_result(folder) is None:
                 train_here(trial_recipe, folder, operation, resources)
-            else:
-                tune.report(record.read_metrics(folder)[-1])
+            # Once more, for a trial that had nothing left to train: the search waits for a value from each.
+            tune.report(record.read_metrics(folder)[-1])
         except Exception as error:  # it is this trial's: told in its folder, and the search goes on
             write_error(folder, error)
             tune.report({METRIC: FAILED_VALUE, "epoch": trial_recipe.optim.epochs})
