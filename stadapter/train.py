@@ -19,22 +19,20 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stadapter import machine, record
-from stadapter.config import DataConfig, OptimConfig, Recipe, derive_seed, flatten, identity
+from stadapter.config import DataConfig, Recipe, flatten, identity
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList, load_clips
 from stadapter.data.bad_clips import BadClips
@@ -53,6 +51,7 @@ from stadapter.model import (
     trainable_parameters,
     trainable_state,
 )
+from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
 
 TEST_BATCH_FACTOR = 4  # without a graph, a pass of this many times the clips fits the same memory
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,53 +101,6 @@ def join_world() -> World:
 
 
 Report = Callable[[dict[str, Any]], None]
-
-
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Rate of 0-based `step`: linear from peak / warmup_steps to peak, then half a cosine down to 0."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(model: VideoClassifier, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained and nothing else, without decay on biases and norms.
-
-    Each group's rate is the schedule's times its `lr_factor`: `optim.backbone_lr_factor` for the backbone.
-    """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, p in trainable_parameters(model).items():
-        lr_factor = optim.backbone_lr_factor if name.startswith("vit.") else 1.0
-        groups.setdefault((lr_factor, optim.weight_decay if p.ndim > 1 else 0.0), []).append(p)
-    return torch.optim.AdamW(
-        [
-            {"params": params, "lr": optim.peak_lr * lr_factor, "lr_factor": lr_factor, "weight_decay": weight_decay}
-            for (lr_factor, weight_decay), params in sorted(groups.items(), key=itemgetter(0), reverse=True)
-        ],
-        betas=optim.betas,
-        fused=True,
-    )
-
-
-def diverged(train_losses: Sequence[float], *num_classes: int) -> bool:
-    """Whether the last epoch's mean loss is no better than guessing's, ln K: within 2 % of it, or above.
-
-    `num_classes` is one K per head, whose losses are summed. Such an accuracy says nothing about the arm. A rate that
-    is too high is the usual cause; a task that cannot be learned by construction (two classes that only time tells
-    apart, and no temporal kernel) looks the same.
-    """
-    return not train_losses[-1] < 0.98 * sum(map(math.log, num_classes))
-
-
-def dropout_mask(seed: int, step: int, global_batch: int, width: int, p: float) -> Tensor:
-    """What the head's input is multiplied by in one step: [G, D] of 0 and 1 / (1 - p), float32.
-
-    Drawn for the whole global batch, so that a clip meets the same mask in whichever process it is computed.
-    """
-    generator = torch.Generator().manual_seed(derive_seed(seed, "dropout", step))
-    keep_GD = torch.rand(global_batch, width, generator=generator) >= p
-    return keep_GD / (1 - p)
 
 
 @dataclass(frozen=True)
@@ -374,14 +326,6 @@ def _backward(learner: _Learner, passes: list[dict[str, Any]], step: int) -> Ten
             learner.scaler.scale(loss * (world.size / optim.global_batch)).backward()
         loss_sum += loss.detach()
     return loss_sum
-
-
-def summed_loss(logits_BK: Tensor, label_B: Tensor, groups: tuple[int, int] | None, smoothing: float) -> Tensor:
-    """Cross-entropy summed over clips, []; with `groups`, labels are [B, 2] and each group of classes has a loss."""
-    if groups is None:
-        return F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing, reduction="sum")
-    heads = zip(logits_BK.split(groups, dim=1), label_B.unbind(1), strict=True)
-    return torch.stack([summed_loss(logits, label, None, smoothing) for logits, label in heads]).sum()
 
 
 def _test(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stadapter.evaluate import evaluate
-from stadapter.train import summed_loss
+from stadapter.optim import summed_loss
 
 
 class Scripted(nn.Module):

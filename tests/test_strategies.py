@@ -24,8 +24,9 @@ from stadapter.model import (
     trainable_parameters,
     trainable_state,
 )
+from stadapter.optim import make_optimizer
 from stadapter.recipes import for_strategy
-from stadapter.train import Operation, make_optimizer, train
+from stadapter.train import Operation, train
 
 EMBEDDED = replace(recipes.embedded, **{"backbone.weights": "seed:0", "data.num_frames": 4})
 STRATEGIES = typing.get_args(Strategy)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from stadapter import config, record
 from stadapter.config import ConfigError, Recipe
 from stadapter.model import build_model, trainable_parameters
-from stadapter.train import Operation, TrainingError, diverged, dropout_mask, learning_rate, make_optimizer, train
+from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer
+from stadapter.train import Operation, TrainingError, train
 
 
 @pytest.fixture(scope="module")
