@@ -73,8 +73,9 @@ def _mean_probability(logits_BVK: Tensor) -> Tensor:
 
 
 def _rank(score_BK: Tensor, own_B1: Tensor) -> Tensor:
-    """How many classes beat the true one, [B]; ties count against it, so that a constant output earns nothing."""
-    return (score_BK >= own_B1).sum(dim=1) - 1
+    """How many classes beat the true one, [B]; ties count against it, so that a constant output earns nothing, and so
+    do comparisons with NaN, so that a model whose weights are broken does not either."""
+    return (~(score_BK < own_B1)).sum(dim=1) - 1
 
 
 def _loss(own_B1: Tensor) -> Tensor:

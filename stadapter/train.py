@@ -174,7 +174,9 @@ def train(
         "recipe": flatten(recipe),
         "metrics": tested,
         "epoch": optim.epochs,
-        "diverged": diverged(
+        # The last step may break the weights behind the last training loss.
+        "diverged": not math.isfinite(tested["loss"])
+        or diverged(
             [line["train_loss"] for line in record.read_metrics(folder)], *(data.label_groups or [data.num_classes])
         ),
         **dataclasses.asdict(cost),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -53,6 +54,16 @@ def test_a_clip_that_could_not_be_read_is_wrong_and_reported() -> None:
 def test_a_constant_output_earns_nothing() -> None:
     result = run(batch([[[1, 1, 1, 1, 1, 1]]], [0]), opposite_pairs=True)
     assert (result["top1"], result["top5"], result["direction_top1"]) == (0, 0, 0)
+
+
+def test_an_output_that_is_no_number_earns_nothing() -> None:
+    nan = float("nan")
+    result = run(batch([[[nan] * 6]], [0]), batch([[[9, 0, 0, 0, 0, 0]]], [0]), opposite_pairs=True)
+    assert (result["top1"], result["top5"], result["direction_top1"]) == (50, 50, 50)
+    assert math.isnan(result["loss"])
+    verb_and_noun = batch([[[nan, nan, 0, 0, 0, 0]]], [0]) | {"label": torch.tensor([[0, 0]])}
+    result = run(verb_and_noun, label_groups=(2, 4))
+    assert (result["top1"], result["verb_top1"]) == (0, 0)
 
 
 def test_direction_compares_a_class_with_its_reversal_only() -> None:

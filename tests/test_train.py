@@ -222,6 +222,20 @@ def test_a_loss_that_is_not_finite_stops_the_training(
     assert record.read_result(tmp_path) is None
 
 
+def test_weights_broken_by_the_last_step_are_called_diverged(
+    tiny_recipe: Recipe, operation: Operation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every loss of the training was finite; what it left behind is not."""
+    rate, last_step = learning_rate, 7
+    monkeypatch.setattr(
+        "stadapter.train.learning_rate", lambda step, *a: math.nan if step == last_step else rate(step, *a)
+    )
+    result = train(tiny_recipe, tmp_path, operation)
+    assert all(map(math.isfinite, losses(tmp_path)))
+    assert result["metrics"]["top1"] == 0
+    assert result["diverged"]
+
+
 def test_label_smoothing_and_dropout_reach_the_loss(
     reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
 ) -> None:
