@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,38 @@ def write_json(path: Path, value: Any) -> None:
 
 def prepare_folder(folder: Path, recipe: Recipe) -> None:
     """Create a run folder and write its config.json. ConfigError where it cannot be written or holds another recipe."""
-    fields = flatten(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config = folder / CONFIG
-        if config.exists():
-            found = json.loads(config.read_text())
-            for path, value in fields.items():
-                if path != "name" and found.get(path) != value:
-                    raise ConfigError(
-                        f"{folder}: holds another training ({path} = {found.get(path)}, not {value}); "
-                        "choose another --output"
-                    )
-        else:
-            write_json(config, fields)
+        if not check_config(folder, recipe):
+            write_json(folder / CONFIG, flatten(recipe))
     except OSError as error:
         raise ConfigError(
             f"{folder}: cannot be written ({error.strerror}); choose another folder with --output"
         ) from None
+
+
+def check_config(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder has a config.json; ConfigError where that is another recipe's."""
+    config = folder / CONFIG
+    if not config.exists():
+        return False
+    found = json.loads(config.read_text())
+    for path, value in flatten(recipe).items():
+        if path != "name" and found.get(path) != value:
+            raise ConfigError(
+                f"{folder}: holds another training ({path} = {found.get(path)}, not {value}); choose another --output"
+            )
+    return True
+
+
+def check_data(folder: Path, found: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """ConfigError where a folder's training saw other clips: `found` and `now` are the fingerprints of its lists."""
+    for split, fingerprint in found.items():
+        if now.get(split, fingerprint) != fingerprint:
+            raise ConfigError(
+                f"{folder}: holds a training on another data set (its {split} list has fingerprint {fingerprint}, not "
+                f"{now[split]}); choose another --output, or the --data-root that it was made with"
+            )
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -71,6 +86,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def fingerprints(result: Mapping[str, Any]) -> dict[str, str]:
+    """{split: fingerprint} of the clips that a record stands on."""
+    return {split: one["fingerprint"] for split, one in result["data"].items() if isinstance(one, dict)}
 
 
 def bad_clips_in_words(result: dict[str, Any]) -> str:

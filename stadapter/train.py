@@ -126,25 +126,28 @@ def train(
     """Train and test one recipe in `folder`, from its last checkpoint if there is one; returns the record.
 
     Called by every process of the `world`, whose process group stands already. `on_epoch` is called in every process
-    with the epoch's metrics, `on_step` in rank 0. A finished folder returns its record at once.
-    Raises ConfigError for what cannot work and TrainingError for a loss that is not finite.
+    with the epoch's metrics, `on_step` in rank 0. A finished folder returns its record without training.
+    Raises ConfigError for what cannot work, a folder of another recipe or of other clips included, and TrainingError
+    for a loss that is not finite.
     """
     operation, world = operation or Operation(), world or World()
-    finished = record.read_result(folder)
-    if finished is not None:
-        return finished
     started, cpu_started = time.time(), time.process_time()
-    machine.reset_peak_memory(world.device)
-    machine.set_fast_float32(world.device)
-
     optim, data = recipe.optim, recipe.data
     clips = {split: load_clips(data, operation.data_root, split) for split in ("train", "val", "test")}
+    seen = {split: clips[split].fingerprint() for split in ("train", "test")}
+    finished = record.read_result(folder)
+    if finished is not None:
+        record.check_config(folder, recipe)
+        record.check_data(folder, record.fingerprints(finished), seen)
+        return finished
+    machine.reset_peak_memory(world.device)
+    machine.set_fast_float32(world.device)
     epoch_steps = steps_per_epoch(len(clips["train"]), optim.global_batch, data.repeated_augmentation)
     if world.rank == 0:
         record.prepare_folder(folder, recipe)
     learner = _make_learner(recipe, operation, world)
     bad = {split: BadClips(split, len(clips[split]), operation.max_bad_share) for split in ("train", "test")}
-    first_epoch, seconds_before = _resume(folder, learner, bad["train"])
+    first_epoch, seconds_before = _resume(folder, learner, bad["train"], seen)
     steps = _load_steps(
         clips["train"], bad["train"], learner, operation, range(first_epoch * epoch_steps, optim.epochs * epoch_steps)
     )
@@ -163,7 +166,7 @@ def train(
         }
         if world.rank == 0:
             _append_metrics(folder, metrics)
-            _save_checkpoint(folder, learner, bad["train"], epoch + 1, metrics["seconds"])
+            _save_checkpoint(folder, learner, bad["train"], seen, epoch + 1, metrics["seconds"])
         if on_epoch is not None:
             on_epoch(metrics)
 
@@ -189,10 +192,7 @@ def train(
         "threads": torch.get_num_threads(),
         "precision": optim.precision,
         "bad_clips": {split: found.summary() for split, found in bad.items()},
-        "data": {
-            split: {"fingerprint": clips[split].fingerprint(), "clips": len(clips[split])}
-            for split in ("train", "test")
-        }
+        "data": {split: {"fingerprint": fingerprint, "clips": len(clips[split])} for split, fingerprint in seen.items()}
         | {"decoder": "pyav" if operation.decoder == "auto" else operation.decoder},
         "started": started,
         "finished": time.time(),
@@ -369,7 +369,9 @@ def _append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     record.write_atomically(folder / record.METRICS, text.encode())
 
 
-def _save_checkpoint(folder: Path, learner: _Learner, bad: BadClips, epochs_done: int, seconds: float) -> None:
+def _save_checkpoint(
+    folder: Path, learner: _Learner, bad: BadClips, seen: dict[str, str], epochs_done: int, seconds: float
+) -> None:
     buffer = io.BytesIO()
     checkpoint = {
         "epochs_done": epochs_done,
@@ -378,17 +380,22 @@ def _save_checkpoint(folder: Path, learner: _Learner, bad: BadClips, epochs_done
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "bad_clips": bad.reasons,
+        "data": seen,
     }
     torch.save(checkpoint, buffer)
     record.write_atomically(folder / record.CHECKPOINT, buffer.getvalue())
 
 
-def _resume(folder: Path, learner: _Learner, bad: BadClips) -> tuple[int, float]:
-    """Load the last checkpoint, if any, and the bad clips met so far; returns the epochs done and their seconds."""
+def _resume(folder: Path, learner: _Learner, bad: BadClips, seen: dict[str, str]) -> tuple[int, float]:
+    """Load the last checkpoint, if any, and the bad clips met so far; returns the epochs done and their seconds.
+
+    ConfigError if its epochs saw other clips than those whose fingerprints are `seen`.
+    """
     path = folder / record.CHECKPOINT
     if not path.exists():
         return 0, 0.0
     checkpoint = torch.load(path, map_location=learner.world.device, weights_only=True)
+    record.check_data(folder, checkpoint.get("data", {}), seen)
     load_trainable_state(learner.model, checkpoint["trained"])
     learner.optimizer.load_state_dict(checkpoint["optimizer"])
     learner.scaler.load_state_dict(checkpoint["scaler"])

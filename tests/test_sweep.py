@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import made_up
 import pytest
 import ray
 
 from stadapter import config, record
+from stadapter.ablation import main
 from stadapter.ablation.sweep import Cluster, Resources, run_trials
-from stadapter.ablation.trial import Trial, load_sweep, records
+from stadapter.ablation.trial import Arm, Trial, load_sweep, make_sweep, records
 from stadapter.config import Recipe
 from stadapter.train import Operation, train
 
@@ -125,6 +127,17 @@ def test_a_finished_sweep_is_not_run_again(sweep_flags: list[str], finished: Any
         again.stdout.partition("---")[2].partition("Next")[0]
         == finished.stdout.partition("---")[2].partition("Next")[0]
     )
+
+
+def test_finished_trials_on_other_clips_are_not_taken_for_these(
+    tiny_recipe: Recipe, clip_folder: Path, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = [Arm("kernel 3x3x3", {"adapter.kernel_size": (3, 3, 3)})]
+    made_up.write(make_sweep("kernel", "?", tiny_recipe, arms, 1), tmp_path, {"kernel 3x3x3": 50.0})
+    with pytest.raises(SystemExit) as ended:
+        main("?", "kernel", ("3x3x3",), lambda *_: arms[0], [*tiny_flags, "--seeds", "1", "--output", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "another data set" in capsys.readouterr().err
 
 
 def test_a_trial_of_the_sweep_equals_a_training_in_a_plain_process(

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -249,5 +250,25 @@ def test_a_folder_that_holds_another_training_is_refused(
     reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
 ) -> None:
     record.prepare_folder(tmp_path, tiny_recipe)
-    with pytest.raises(ConfigError, match="holds another training"):
-        train(config.replace(tiny_recipe, seed=5), tmp_path, operation)
+    for begun_or_finished in (tmp_path, reference):
+        with pytest.raises(ConfigError, match="holds another training"):
+            train(config.replace(tiny_recipe, seed=5), begun_or_finished, operation)
+
+
+def test_a_training_on_other_clips_is_neither_returned_nor_continued(
+    reference: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+) -> None:
+    """The identity does not hold where the data lies: the same recipe on another folder is another training."""
+    other, begun = tmp_path / "clips", tmp_path / "begun"
+    shutil.copytree(clip_folder, other)
+    next((other / "train").glob("*/0.mp4")).unlink()
+    begun.mkdir()
+    for name in (record.CONFIG, record.METRICS, record.CHECKPOINT):
+        shutil.copy(reference / name, begun)
+    for folder in (reference, begun):
+        with pytest.raises(ConfigError, match="another data set") as caught:
+            train(tiny_recipe, folder, Operation(data_root=other))
+        assert "--data-root" in str(caught.value)
+    moved = tmp_path / "moved"
+    shutil.copytree(clip_folder, moved)
+    assert train(tiny_recipe, reference, Operation(data_root=moved)) == record.read_result(reference)

@@ -175,6 +175,11 @@ def _run(
 
     dead = {arm: cost_of(recipe).dead_params for arm, recipe in {t.arm: t.recipe for t in sweep.trials}.items()}
     clips = {split: load_clips(sweep.recipe.data, options.data_root, split) for split in ("train", "val", "test")}
+    output = options.output.resolve()
+    seen = {split: clips[split].fingerprint() for split in ("train", "test")}
+    for trial, result in zip(sweep.trials, records(sweep, output), strict=True):
+        if result is not None:
+            record.check_data(trial.folder(output), record.fingerprints(result), seen)
     if options.address is None:
         # The trials find the weights in the library's cache then, and none downloads them twice.
         for backbone in {trial.recipe.backbone for trial in sweep.trials}:
@@ -199,7 +204,6 @@ def _run(
     from stadapter.ablation.sweep import Resources
 
     resources = Resources(num_gpus, processes, cpus, options.address, options.dashboard_port, options.decode_on_cluster)
-    output = options.output.resolve()
     try:
         sweep.folder(output).mkdir(parents=True, exist_ok=True)
         save_sweep(sweep, output)
