@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -78,8 +79,9 @@ class DataConfig:
             )
         if not 0 <= self.random_erasing <= 1:
             raise ConfigError(f"data.random_erasing = {self.random_erasing}: a probability, in [0, 1]")
-        if self.repeated_augmentation < 1:
-            raise ConfigError(f"data.repeated_augmentation = {self.repeated_augmentation}: must be at least 1")
+        for name in ("num_classes", "num_frames", "frame_stride", "repeated_augmentation", "test_temporal_views"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} = {getattr(self, name)}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "base_lr", "backbone_lr_factor"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name} = {getattr(self, name)}: must be above 0")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(
@@ -165,6 +167,14 @@ class OptimConfig:
             )
         if not 0 <= self.head_dropout < 1:
             raise ConfigError(f"optim.head_dropout = {self.head_dropout}: must be in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"optim.weight_decay = {self.weight_decay}: must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas = {self.betas}: must both be in [0, 1)")
+        if self.clip_norm is not None and not self.clip_norm > 0:  # 0 would train nothing, below it uphill
+            raise ConfigError(f"optim.clip_norm = {self.clip_norm}: must be above 0, or none")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"optim.label_smoothing = {self.label_smoothing}: must be in [0, 1)")
 
     @property
     def peak_lr(self) -> float:
@@ -186,6 +196,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed}: must be at least 0")
         if self.optim.global_batch % self.data.repeated_augmentation:
             raise ConfigError(
                 f"data.repeated_augmentation = {self.data.repeated_augmentation}: must divide "
