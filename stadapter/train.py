@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stadapter import machine, record
-from stadapter.config import DataConfig, Recipe, flatten, identity
+from stadapter.config import ConfigError, DataConfig, Recipe, flatten, identity
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList, load_clips
 from stadapter.data.bad_clips import BadClips
@@ -84,6 +84,12 @@ class Operation:
     decoder: Backend = "auto"
     cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
     elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
+
+    def __post_init__(self) -> None:
+        if self.clips_per_pass is not None and self.clips_per_pass < 1:
+            raise ConfigError(f"--clips-per-pass {self.clips_per_pass}: must be at least 1")
+        if self.num_workers < 0:
+            raise ConfigError(f"--num-workers {self.num_workers}: must be at least 0")
 
 
 def join_world() -> World:
@@ -274,9 +280,11 @@ def _train_epoch(
         rate = learning_rate(step, total_steps, warmup_steps, optim.peak_lr)
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        loss = _backward(learner, passes, step)
-        loss_sum += loss.double()
-        if not math.isfinite(mean_loss := loss.item() * world.size / optim.global_batch):
+        loss = _backward(learner, passes, step).double()
+        if world.size > 1:
+            dist.all_reduce(loss)  # at once: all processes stop at the same step, and none waits for one that has
+        loss_sum += loss
+        if not math.isfinite(mean_loss := loss.item() / optim.global_batch):
             raise TrainingError(
                 f"the loss became {mean_loss} at step {step} (epoch {epoch + 1}, learning rate {rate:.2g}); "
                 "lower optim.base_lr, lengthen optim.warmup_epochs or set optim.clip_norm"
@@ -293,8 +301,6 @@ def _train_epoch(
             clips_per_s = optim.global_batch / pace_s
             on_step({"epoch": epoch + 1, "loss": mean_loss, "clips_per_s": clips_per_s, "left_s": left_s})
     seconds = time.time() - started
-    if world.size > 1:
-        dist.all_reduce(loss_sum)
     clips = epoch_steps * optim.global_batch
     return {
         "epoch": epoch + 1,

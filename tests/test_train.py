@@ -9,18 +9,22 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import multiprocessing
 
 from stadapter import config, record
+from stadapter import train as train_module
 from stadapter.config import ConfigError, Recipe
 from stadapter.model import build_model, trainable_parameters
-from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer
-from stadapter.train import Operation, TrainingError, train
+from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
+from stadapter.train import Operation, TrainingError, World, train
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +176,12 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
     assert numbers(tmp_path) == numbers(reference)
 
 
+@pytest.mark.parametrize("wrong", [{"clips_per_pass": 0}, {"clips_per_pass": -1}, {"num_workers": -1}])
+def test_an_operation_that_would_train_on_nothing_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="must be at least"):
+        Operation(**wrong)  # type: ignore[arg-type]
+
+
 def test_a_finished_folder_is_not_trained_again(reference: Path, tiny_recipe: Recipe, operation: Operation) -> None:
     def fail(metrics: dict[str, Any]) -> None:
         raise AssertionError("trained again")
@@ -203,6 +213,35 @@ def test_two_processes_under_torchrun_give_the_numbers_of_one(
     one, two = numbers(reference)[-1], numbers(tmp_path / "run")[-1]
     assert two["top1"] == one["top1"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def _train_where_one_loss_breaks(rank: int, rendezvous: str, recipe: Recipe, root: Path, folder: Path) -> None:
+    """In one of two processes, the third step's loss is not finite; each writes down why it stopped."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    calls = itertools.count()
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        loss = summed_loss(*arguments)
+        return loss * math.inf if rank == 1 and next(calls) == 2 else loss
+
+    train_module.summed_loss = broken  # type: ignore[attr-defined]
+    try:
+        train(recipe, folder, Operation(data_root=root), World(rank, 2))
+    except TrainingError as error:
+        (folder / f"stopped-{rank}").write_text(str(error))
+
+
+def test_all_processes_stop_where_one_loss_is_not_finite(
+    tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+) -> None:
+    """Without that, the others would wait for it in the next exchange of gradients, on GPUs for minutes."""
+    recipe = config.replace(tiny_recipe, **{"optim.clip_norm": None})
+    arguments = (f"file://{tmp_path}/rendezvous", recipe, clip_folder, tmp_path)
+    multiprocessing.spawn(_train_where_one_loss_breaks, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    said = [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert "at step 2" in said[0]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
