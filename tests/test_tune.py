@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,3 +163,10 @@ def test_the_command_prints_and_keeps_the_best(
     values = [float(row["val_top1"]) for row in rows]
     assert values == sorted(values, reverse=True)
     assert f"val top-1 {values[0]:.1f} %" in shown
+
+
+def test_the_data_root_of_a_search_may_be_an_address() -> None:
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    assert parser.parse_args(["--data-root", "s3://bucket/ssv2"]).data_root == "s3://bucket/ssv2"
+    assert parser.parse_args(["--data-root", "here"]).data_root == str(Path("here").resolve())

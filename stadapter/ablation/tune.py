@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stadapter import config, recipes, record
+from stadapter.ablation.cli import GPU_CLIPS_PER_PASS
 from stadapter.ablation.trial import Trial
 from stadapter.config import ConfigError, Recipe, Strategy
+from stadapter.data.storage import data_root
 
 METRIC = "val_top1"  # per cent, after the last epoch
 _DIGITS = 3  # settings are rounded to as many significant digits, so that they can be written down
@@ -137,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trials", type=int, default=16, metavar="N", help="new trials (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE")
-    parser.add_argument("--data-root", type=Path, metavar="FOLDER")
+    parser.add_argument("--data-root", type=data_root, metavar="FOLDER")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="backbone weights from this file")
     parser.add_argument("--no-early-stopping", action="store_true", help="train every trial to its end")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="one per trial (default: all that there are)")
@@ -191,10 +193,10 @@ def _search(
 
     cpus = max(1, (os.cpu_count() or 1) // num_gpus) if num_gpus else 1
     operation = Operation(
-        data_root=options.data_root and options.data_root.resolve(),
+        data_root=options.data_root,
         weights_file=options.weights and options.weights.resolve(),
         num_workers=cpus - 1 if num_gpus else 0,
-        clips_per_pass=options.clips_per_pass,
+        clips_per_pass=options.clips_per_pass or (GPU_CLIPS_PER_PASS if num_gpus else None),
     )
     began, ended = time.monotonic(), 0
 
