@@ -1,0 +1,34 @@
+"""What is said of the machine, also where the machine does not tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stadapter import machine
+
+CPU = torch.device("cpu")
+
+
+def test_the_peak_memory_is_measured_anew() -> None:
+    machine.reset_peak_memory(CPU)
+    before = machine.peak_memory_mib(CPU)
+    ballast = torch.ones(64, 2**18)  # 64 MiB
+    after = machine.peak_memory_mib(CPU)
+    if before is None or after is None:
+        pytest.skip("this system counts no peak")
+    assert after - before > 50
+    del ballast
+
+
+def test_a_system_that_counts_no_peak_costs_the_figure_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_STATUS", tmp_path / "status")
+    assert machine.peak_memory_mib(CPU) is None
+    (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t  1024 kB\n")
+    assert machine.peak_memory_mib(CPU) is None
+    (tmp_path / "status").write_text("VmHWM:\t  2048 kB\n")
+    assert machine.peak_memory_mib(CPU) == 2
