@@ -403,3 +403,12 @@ def test_a_million_clips_load_in_seconds_by_a_tenth(tmp_path: Path) -> None:
     clips = load_clips(config("list", 400), tmp_path, "train")
     assert len(clips) == 100_000
     assert time.process_time() - started < 2  # a loaded machine; a quarter of a second is usual
+
+
+@pytest.mark.parametrize("there", ["train", "val"])
+def test_a_list_without_its_counterpart_is_not_mixed_with_the_published_one(tmp_path: Path, there: str) -> None:
+    kinetics(tmp_path)
+    (tmp_path / f"{there}.txt").write_text("videos/aaaaaaaaaaa_000001_000011.mp4 0\n")
+    missing = "val" if there == "train" else "train"
+    with pytest.raises(ConfigError, match=f"there is no .*{missing}.txt"):
+        load_clips(config("kinetics400"), tmp_path, missing)  # type: ignore[arg-type]

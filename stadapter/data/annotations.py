@@ -115,9 +115,13 @@ def _load_embedded(config: DataConfig, data_root: Root | None, split: Split) -> 
 
 def _load_list(config: DataConfig, root: Root, split: Split) -> ClipList | None:
     """train.txt or val.txt with a line `path label` (`path verb noun` with label groups) per clip, paths relative to
-    the root or to its videos/; None where there is no such file."""
-    list_file = storage.join(root, "train.txt" if split == "train" else "val.txt")
+    the root or to its videos/; None where there is neither, ConfigError where there is one."""
+    train, val = storage.join(root, "train.txt"), storage.join(root, "val.txt")
+    list_file, other = (train, val) if split == "train" else (val, train)
     if not storage.is_file(list_file):
+        if storage.is_file(other):
+            # The published lists may number the classes otherwise: a model would be tested on shuffled labels.
+            raise ConfigError(f"{other}: there is no {list_file} beside it; both lists must come from one place")
         return None
     count = 1 if config.label_groups is None else len(config.label_groups)
     what = "a label" if count == 1 else "a verb and a noun class"
