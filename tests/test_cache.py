@@ -141,6 +141,16 @@ def test_a_cached_clip_at_an_address_is_not_fetched_again(
     np.testing.assert_array_equal(first, decode_all(video)[[1, 5]])
 
 
+def test_an_address_has_one_place_wherever_a_process_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every trial of a sweep works in a folder of its own."""
+    places = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        places.append(ClipCache("s3://bucket/ssv2", 10**6, "settings", tmp_path / "cache").clips)
+    assert places[0] == places[1]
+
+
 @pytest.mark.parametrize("content", [b"", b"stacl", bytes(5000)])
 def test_a_file_that_is_no_cached_clip_is_passed_over(
     make: Callable[..., ClipCache], video: Path, content: bytes

@@ -39,7 +39,7 @@ import numpy as np
 
 from stadapter.config import ConfigError
 from stadapter.data.packets import Indices, PathLike, resolve_indices
-from stadapter.data.storage import is_remote
+from stadapter.data.storage import data_root, is_remote
 
 Decode = Callable[[PathLike, Indices], np.ndarray]
 
@@ -77,7 +77,7 @@ class ClipCache:
     def __init__(self, root: PathLike, limit_bytes: int, settings: str, folder: Path | None = None) -> None:
         """`root` is the data set's, `settings` as by `decode_settings`; `folder` is `default_folder()` if not given."""
         self.folder, self.limit_bytes = folder or default_folder(), limit_bytes
-        text = json.dumps([_MAGIC.hex(), os.path.abspath(root), settings])
+        text = json.dumps([_MAGIC.hex(), data_root(os.fspath(root)), settings])
         self.clips = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._protection: IO[bytes] | None = None
         try:
