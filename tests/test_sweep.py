@@ -225,6 +225,8 @@ def test_help_teaches_and_loads_nothing_heavy() -> None:
         (["--num-gpus", "0", "--gpus-per-trial", "2"], "there are no GPUs"),
         (["--num-gpus", "0", "--processes-per-trial", "3"], "cannot be shared equally by 3 processes"),
         (["--seeds", "0"], "at least 1"),
+        (["--set", "data.short_side_jitter=0.5,1"], "needs 1 <= low <= high"),
+        (["--set", "data.sampling=uniform", "--set", "data.test_temporal_views=3"], "uniform sampling has 1 view"),
         (["--weights", "/no/such/file"], "cannot be read"),
         (["--output", "/dev/null/runs"], "cannot be written"),
         (["--address", "127.0.0.1:1"], "127.0.0.1:1"),
@@ -241,6 +243,16 @@ def test_bad_input_has_a_one_line_answer_and_starts_nothing(
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_trials_find_a_cache_that_was_named_by_a_relative_path(tmp_path: Path) -> None:
+    """Tune changes the working directory: each trial would render the embedded world again, in a scratch folder."""
+    probe = "import os, stadapter.ablation.sweep; print(os.environ['STADAPTER_CACHE'])"
+    environment = {**os.environ, "STADAPTER_CACHE": "cache", "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    assert said.stdout.strip() == str(tmp_path.resolve() / "cache")
 
 
 def test_a_port_in_use_has_a_one_line_answer(tmp_path: Path) -> None:

@@ -171,15 +171,15 @@ def _run(
     from stadapter.backbones import load_backbone
     from stadapter.cost import cost_of
     from stadapter.data.annotations import load_clips
+    from stadapter.data.transforms import check_transforms
     from stadapter.train import Operation
 
     dead = {arm: cost_of(recipe).dead_params for arm, recipe in {t.arm: t.recipe for t in sweep.trials}.items()}
+    for data in {trial.recipe.data for trial in sweep.trials}:
+        check_transforms(data)
     clips = {split: load_clips(sweep.recipe.data, options.data_root, split) for split in ("train", "val", "test")}
     output = options.output.resolve()
     seen = {split: clips[split].fingerprint() for split in ("train", "test")}
-    for trial, result in zip(sweep.trials, records(sweep, output), strict=True):
-        if result is not None:
-            record.check_data(trial.folder(output), record.fingerprints(result), seen)
     if options.address is None:
         # The trials find the weights in the library's cache then, and none downloads them twice.
         for backbone in {trial.recipe.backbone for trial in sweep.trials}:
@@ -205,6 +205,9 @@ def _run(
 
     resources = Resources(num_gpus, processes, cpus, options.address, options.dashboard_port, options.decode_on_cluster)
     try:
+        for trial, result in zip(sweep.trials, records(sweep, output), strict=True):
+            if result is not None:
+                record.check_data(trial.folder(output), record.fingerprints(result), seen)
         sweep.folder(output).mkdir(parents=True, exist_ok=True)
         save_sweep(sweep, output)
     except OSError as error:

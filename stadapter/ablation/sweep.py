@@ -29,6 +29,9 @@ os.environ.update(
     TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
 )
 
+if os.environ.get("STADAPTER_CACHE"):  # Tune gives every trial a working directory of its own
+    os.environ["STADAPTER_CACHE"] = os.path.abspath(os.environ["STADAPTER_CACHE"])
+
 import ray
 import torch
 from ray import tune

@@ -53,8 +53,6 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self, clips: ClipList, config: DataConfig, seed: int, train: bool, reading: Reading | None = None
     ) -> None:
         check_transforms(config)
-        if config.sampling == "uniform" and config.test_temporal_views != 1:
-            raise ConfigError(f"data.test_temporal_views = {config.test_temporal_views}: uniform sampling has 1 view")
         self.config, self.seed, self.train = config, seed, train
         self.root, self.reading = clips.root, reading or Reading()
         # Tensors are handed to workers as shared memory, where lists of a million strings would be copied to each.

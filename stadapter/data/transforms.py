@@ -30,7 +30,9 @@ _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's and the au
 
 
 def check_transforms(config: DataConfig) -> None:
-    """ConfigError for settings that no transform here can follow."""
+    """ConfigError for settings that no sampling or transform here can follow."""
+    if config.sampling == "uniform" and config.test_temporal_views != 1:
+        raise ConfigError(f"data.test_temporal_views = {config.test_temporal_views}: uniform sampling has 1 view")
     if config.short_side_jitter and config.random_resized_crop:
         raise ConfigError(
             "data.short_side_jitter and data.random_resized_crop: only one of them can crop a clip; set one to none"
