@@ -55,7 +55,7 @@ class DataConfig:
     frame_size: int = 224
     sampling: Sampling = "uniform"
     frame_stride: int = 16  # frames between two sampled ones; dense sampling only
-    fixed_frames: bool = False  # training looks at the frames that testing looks at, every epoch: little to cache
+    fixed_frames: bool = False  # training looks at the frames of one test view, every epoch: little to cache
     decoded_short_side: int | None = None  # larger frames are reduced to it while they are decoded, before any crop
     resize: Resize = "fast"  # exact: in float32, as the authors'; fast: in uint8, rounded and clamped to 0 ... 255
     short_side_jitter: tuple[float, float] | None = None  # of frame_size, then a random crop

@@ -92,3 +92,11 @@ def test_an_unverified_value_is_marked_and_needs_the_right_number_of_parameters(
         assert published(config.replace(twelve, **{"adapter.kernel_size": (kernel, 1, 1)}), 7_243_950) is None
     other = dataclasses.replace(twelve, strategy="linear_probe")
     assert published(other, 7_200_000) is None
+
+
+@pytest.mark.parametrize(
+    "field", [{"optim.epochs": 5}, {"optim.base_lr": 1e-2}, {"data.rand_augment": None}, {"backbone.weights": "seed:0"}]
+)
+def test_a_published_value_stands_only_beside_its_whole_configuration(field: dict[str, object]) -> None:
+    assert published(recipes.ssv2_clip_b16) is not None
+    assert published(config.replace(recipes.ssv2_clip_b16, **field)) is None

@@ -17,7 +17,7 @@ import made_up
 import pytest
 import ray
 
-from stadapter import config, record
+from stadapter import config, recipes, record
 from stadapter.ablation import main
 from stadapter.ablation.sweep import Cluster, Resources, run_trials
 from stadapter.ablation.trial import Arm, Trial, load_sweep, make_sweep, records
@@ -56,6 +56,11 @@ def output(sweep_flags: list[str], finished: subprocess.CompletedProcess[str]) -
     return Path(sweep_flags[sweep_flags.index("--output") + 1])
 
 
+def sweep_folder(output: Path) -> Path:
+    (folder,) = (output / "sweeps").glob("kernel-embedded-*")  # with a hash, since the recipe's fields were changed
+    return folder
+
+
 def losses(folder: Path) -> list[float]:
     return [line["train_loss"] for line in record.read_metrics(folder)]
 
@@ -77,7 +82,7 @@ def test_every_trial_is_announced_when_it_starts_and_when_it_ends(finished: subp
 
 
 def test_the_table_is_the_records_mean_and_spread(finished: subprocess.CompletedProcess[str], output: Path) -> None:
-    found = records(load_sweep(output / "sweeps" / "kernel-embedded"), output)
+    found = records(load_sweep(sweep_folder(output)), output)
     for arm, pair in (("kernel 1x3x3", found[:2]), ("kernel 3x3x3", found[2:])):
         a, b = (r["metrics"]["top1"] for r in pair if r is not None)
         spread = abs(a - b) / 2**0.5
@@ -95,7 +100,7 @@ def test_the_next_commands_to_try_exist(finished: subprocess.CompletedProcess[st
 
 
 def test_the_csv_leads_from_a_row_to_its_run_folders(output: Path) -> None:
-    with (output / "sweeps" / "kernel-embedded" / "table.csv").open() as file:
+    with (sweep_folder(output) / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
     for row in rows:
@@ -107,7 +112,7 @@ def test_the_csv_leads_from_a_row_to_its_run_folders(output: Path) -> None:
 
 def test_arms_with_one_seed_see_the_same_clips(output: Path) -> None:
     # A fresh adapter is the identity and the head starts equal: where the clips agree, so does the first step's loss.
-    one, other = load_sweep(output / "sweeps" / "kernel-embedded").trials[::2]
+    one, other = load_sweep(sweep_folder(output)).trials[::2]
     first = [record.read_metrics(trial.folder(output))[0] for trial in (one, other)]
     assert first[0]["step"] == first[1]["step"]
     assert one.recipe.seed == other.recipe.seed == 0
@@ -143,7 +148,7 @@ def test_finished_trials_on_other_clips_are_not_taken_for_these(
 def test_a_trial_of_the_sweep_equals_a_training_in_a_plain_process(
     output: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    trial = load_sweep(output / "sweeps" / "kernel-embedded").trials[3]
+    trial = load_sweep(sweep_folder(output)).trials[3]
     here = train(trial.recipe, tmp_path, Operation(data_root=clip_folder))
     there = record.read_result(trial.folder(output))
     assert there is not None
@@ -286,12 +291,24 @@ def test_sync_writes_the_records_into_another_store(output: Path, tmp_path: Path
     experiment = client.get_experiment_by_name("stadapter")
     runs = client.search_runs([experiment.experiment_id])
     accuracies = sorted(run.data.metrics["test/top1"] for run in runs if "trial_id" in run.data.tags)
-    found = records(load_sweep(output / "sweeps" / "kernel-embedded"), output)
+    found = records(load_sweep(sweep_folder(output)), output)
     assert accuracies == sorted(r["metrics"]["top1"] for r in found if r is not None)
 
 
 def test_the_sweep_folder_describes_the_sweep(output: Path) -> None:
-    saved = json.loads((output / "sweeps" / "kernel-embedded" / "sweep.json").read_text())
+    saved = json.loads((sweep_folder(output) / "sweep.json").read_text())
     assert saved["name"] == "kernel"
     assert saved["arms"][0] == {"label": "kernel 1x3x3", "fields": {"adapter.kernel_size": [1, 3, 3]}}
     assert os.listdir(output / "trials") and len(list(output.glob("trials/*/result.json"))) == 4
+
+
+def test_a_sweep_with_changed_fields_does_not_replace_the_tables_of_another(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    arms = [Arm("only", {})]
+    plain = make_sweep("kernel", "q", recipes.embedded, arms, 1)
+    changed = [
+        make_sweep("kernel", "q", config.replace(recipes.embedded, **{"optim.epochs": n}), arms, 1) for n in (2, 3)
+    ]
+    assert plain.folder(tmp_path).name == "kernel-embedded"
+    assert len({sweep.folder(tmp_path) for sweep in (plain, *changed)}) == 3

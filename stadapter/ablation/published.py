@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from stadapter import recipes
 from stadapter.config import AdapterConfig, Recipe
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper.toml"
@@ -39,6 +41,17 @@ def _known() -> dict[str, Any]:
     return tomllib.loads(PAPER.read_text())
 
 
+def _on_published_terms(recipe: Recipe) -> bool:
+    """Whether data and optimiser are those of a named recipe: fewer epochs, say, are not the paper's configuration."""
+    for base in map(recipes.get, recipes.names()):
+        data = dataclasses.replace(
+            recipe.data, resize=base.data.resize
+        )  # both ways of resizing are meant to be the same
+        if (data, recipe.optim, recipe.train_final_norm) == (base.data, base.optim, base.train_final_norm):
+            return True
+    return False
+
+
 def published(recipe: Recipe, trainable_params: int | None = None) -> Published | None:
     """What was published for exactly this configuration, verified entries first; None where nothing is known.
 
@@ -49,6 +62,8 @@ def published(recipe: Recipe, trainable_params: int | None = None) -> Published 
     backbone = _BACKBONES.get(recipe.backbone.name)
     plain = AdapterConfig(adapter.bottleneck_width, adapter.kernel_size, placement=adapter.placement)
     if backbone is None or recipe.strategy != "st_adapter" or adapter != plain:
+        return None
+    if recipe.backbone.weights.startswith("seed:") or not _on_published_terms(recipe):
         return None
     here = (data.dataset, backbone, data.num_frames)
     setting = _known()["recipe"].get(data.dataset, {})

@@ -163,6 +163,8 @@ def run_trials(cluster: Cluster, trials: Sequence[Trial], output: Path, operatio
                 train_here(recipe, folder, operation, resources)
         except Exception as error:  # whatever it is, it is this trial's: told in its folder, and the others go on
             write_error(folder, error)
+            if resources.num_gpus and "CUDA error" in str(error):
+                raise  # the process cannot use its GPU again: Tune starts another for the next trial
 
     if several:
         # Any cluster's head has this resource; a tiny share places the waiting function there, without a CPU.
@@ -202,7 +204,9 @@ class _Events(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
-        self.on_event("failed", self.trials[number], {"message": "its process died (out of memory, or killed)"})
+        told = self.folders[number] / ERROR
+        message = last_line(told) if told.exists() else "its process died (out of memory, or killed)"
+        self.on_event("failed", self.trials[number], {"message": message})
 
 
 def train_here(recipe: Recipe, folder: Path, operation: Operation, resources: Resources) -> None:

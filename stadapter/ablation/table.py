@@ -184,7 +184,7 @@ def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
         lines.append(f"INCOMPLETE: {', '.join(holes)}; means and differences stand on the seeds that finished.")
     if any(row.diverged for row in rows):
         lines.append(f"{DIVERGED} the training of at least one seed diverged; its number is in the mean.")
-    lines.append("GMACs count all test views of a clip; MiB is the highest peak memory; seconds are per trial.")
+    lines.append("GMACs count all test views of a clip; seconds are per trial; MiB: peak memory (CPU: of the process).")
     values = {str(row.published): row.published for row in rows if row.published}
     if values:
         said = [f"{value} {p.source} ({p.status})" for value, p in values.items()]

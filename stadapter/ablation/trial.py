@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stadapter import config, record
+from stadapter import config, recipes, record
 from stadapter.config import ConfigError, Recipe
 
 
@@ -59,7 +59,12 @@ class Sweep:
     expected: str = ""  # what the paper says, or what the script predicts: shown beside what came out
 
     def folder(self, output: Path) -> Path:
-        return output / "sweeps" / f"{self.name}-{self.recipe.name}"
+        """`kernel-embedded`; with a hash where fields of the recipe were changed, so that no table replaces another."""
+        label = f"{self.name}-{self.recipe.name}"
+        identity = config.identity(config.replace(self.recipe, seed=0))
+        if self.recipe.name not in recipes.names() or identity != config.identity(recipes.get(self.recipe.name)):
+            label += f"-{identity[:6]}"
+        return output / "sweeps" / label
 
 
 def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], seeds: int, expected: str = "") -> Sweep:

@@ -122,10 +122,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
             frames = frames.reshape(views, -1, *frames.shape[1:])[:, ::-1].reshape(frames.shape)
         return frames
 
-    def _train_indices(self, num_total: int, rng: np.random.Generator) -> list[int]:
+    def _train_indices(self, num_total: int, rng: np.random.Generator | None) -> list[int]:
         c = self.config
-        if c.fixed_frames:
-            return self._test_indices(num_total)[: c.num_frames]
+        if c.fixed_frames:  # those of a single test view, in the middle of the clip
+            rng = None
         if c.sampling == "dense":
             return dense_indices(num_total, c.num_frames, c.frame_stride, rng)
         return uniform_indices(num_total, c.num_frames, rng)
