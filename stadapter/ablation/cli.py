@@ -177,18 +177,19 @@ def _run(
     dead = {arm: cost_of(recipe).dead_params for arm, recipe in {t.arm: t.recipe for t in sweep.trials}.items()}
     for data in {trial.recipe.data for trial in sweep.trials}:
         check_transforms(data)
-    clips = {split: load_clips(sweep.recipe.data, options.data_root, split) for split in ("train", "val", "test")}
-    output = options.output.resolve()
-    seen = {split: clips[split].fingerprint() for split in ("train", "test")}
-    if options.address is None:
-        # The trials find the weights in the library's cache then, and none downloads them twice.
-        for backbone in {trial.recipe.backbone for trial in sweep.trials}:
-            load_backbone(backbone, sweep.recipe.data.frame_size, weights_file=options.weights)
     processes = options.gpus_per_trial if num_gpus else options.processes_per_trial or 1
     if sweep.recipe.optim.global_batch % processes:
         raise ConfigError(
             f"optim.global_batch = {sweep.recipe.optim.global_batch}: cannot be shared equally by {processes} processes"
         )
+    output = options.output.resolve()
+    _check_writable(options.output, output)
+    clips = {split: load_clips(sweep.recipe.data, options.data_root, split) for split in ("train", "val", "test")}
+    seen = {split: clips[split].fingerprint() for split in ("train", "test")}
+    if options.address is None:
+        # The trials find the weights in the library's cache then, and none downloads them twice.
+        for backbone in {trial.recipe.backbone for trial in sweep.trials}:
+            load_backbone(backbone, sweep.recipe.data.frame_size, weights_file=options.weights)
     cpus = options.cpus_per_process or (max(1, (os.cpu_count() or 1) // num_gpus) if num_gpus else 1)
     workers = options.num_workers
     if workers is None:
@@ -235,6 +236,14 @@ def _elsewhere(options: argparse.Namespace) -> Elsewhere | None:
     from stadapter.ablation.cluster_decoding import decode_on_cluster
 
     return decode_on_cluster
+
+
+def _check_writable(given: Path, output: Path) -> None:
+    """ConfigError where the folder cannot be made or written; nothing is made yet."""
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "it is read-only" if there.is_dir() else "it is no folder"
+        raise ConfigError(f"--output {given}: cannot be written ({there}: {reason}); choose another folder")
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
