@@ -230,6 +230,10 @@ def _train_where_one_loss_breaks(rank: int, rendezvous: str, recipe: Recipe, roo
         train(recipe, folder, Operation(data_root=root), World(rank, 2))
     except TrainingError as error:
         (folder / f"stopped-{rank}").write_text(str(error))
+    finally:
+        # Neither leaves while the other still talks to it: gloo's threads would abort the process.
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def test_all_processes_stop_where_one_loss_is_not_finite(
