@@ -27,16 +27,16 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import sqlalchemy  # noqa: E402
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.store.db.db_types import DATABASE_ENGINES  # noqa: E402
-from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
+import sqlalchemy
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
+from sqlalchemy.exc import SQLAlchemyError
 
-from stadapter import config, machine, record  # noqa: E402
-from stadapter.ablation import mlflow_view  # noqa: E402
-from stadapter.ablation.trial import Sweep, Trial, records  # noqa: E402
+from stadapter import config, machine, record
+from stadapter.ablation import mlflow_view
+from stadapter.ablation.trial import Sweep, Trial, records
 
 # What a store that is away, full, locked or read-only raises (`requests` raises OSErrors). Anything else is a bug.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
