@@ -142,6 +142,27 @@ class RivalConfig:
 
 
 @dataclass(frozen=True)
+class OwnCode:
+    """An adapter or a model that is not in the package: a name in a Python file, and what that file says.
+
+    Where the file lies decides nothing and is not hashed; its content is. `stadapter.own` fills these in.
+    """
+
+    file: str = ""
+    sha256: str = ""
+    adapter: str = ""  # a class there, built in place of every ST-Adapter
+    model: str = ""  # a function there, called in place of the package's way from a backbone to a classifier
+
+    def __post_init__(self) -> None:
+        named = bool(self.adapter or self.model)
+        if bool(self.file) != named or bool(self.sha256) != named:
+            raise ConfigError(
+                f"own.file = {self.file!r}: own.file, own.sha256 and one of own.adapter and own.model belong together; "
+                "see stadapter.own"
+            )
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, linear warm-up, cosine to zero, all per step (authors' training commands)."""
 
@@ -191,6 +212,7 @@ class Recipe:
     optim: OptimConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     rival: RivalConfig = field(default_factory=RivalConfig)
+    own: OwnCode = field(default_factory=OwnCode)
     strategy: Strategy = "st_adapter"
     train_final_norm: bool = False
     seed: int = 0
@@ -312,9 +334,21 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
 RESULTS_VERSION = 1
 
 
+LABELS = ("name", "own.file")  # fields that are shown or used, and decide nothing
+
+
+def scientific_fields(recipe: Recipe) -> dict[str, Any]:
+    """Every field that decides a result, by dotted path: no labels, and nothing about own code where there is none."""
+    return {
+        path: value
+        for path, value in flatten(recipe).items()
+        if path not in LABELS and not (path.startswith("own.") and not value)
+    }
+
+
 def identity(recipe: Recipe) -> str:
-    """12 hex digits, equal exactly when two trainings must give equal numbers: a hash of every field but the name."""
-    fields = {path: value for path, value in flatten(recipe).items() if path != "name"}
+    """12 hex digits, equal exactly when two trainings must give equal numbers: a hash of `scientific_fields`."""
+    fields = scientific_fields(recipe)
     text = json.dumps({"fields": fields, "results_version": RESULTS_VERSION}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

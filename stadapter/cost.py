@@ -17,6 +17,8 @@ Papers print multiply-accumulates as "GFLOPs". Counted, per view (one clip of T 
     temporal block    as a block with T tokens      per clip
     attention pool    T S * (2 D^2 + 2 D) + D^2     per clip
 
+An adapter or a model of somebody's own (`stadapter.own`) is counted by running it, as PyTorch counts its operators.
+
 Norms, biases, activations and softmax are not, as is usual. Counted is the model as papers describe it: whole, with
 the last block's patches and an adapter after its attention, although this implementation skips what CLS cannot see.
 """
@@ -27,8 +29,11 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stadapter.config import AdapterConfig, Recipe
 from stadapter.model import VideoClassifier, build_model, dead_parameters, trainable_parameters
@@ -72,10 +77,18 @@ def cost_of(recipe: Recipe) -> Cost:
 
 
 def macs_per_view(model: VideoClassifier, recipe: Recipe) -> int:
+    if recipe.own.model:
+        side = recipe.data.frame_size
+        return _executed_macs(model, torch.empty(1, recipe.data.num_frames, 3, side, side, device="meta"))
     shape, T, rival = model.vit.shape, recipe.data.num_frames, recipe.rival
     N, S, D = shape.num_patches, 1 + shape.num_patches, shape.width
     per_frame = vit_macs(shape, prompts=rival.prompts if model.prompts else 0)
-    per_frame += len(model.adapters()) * adapter_macs(N, D, recipe.adapter, plain=recipe.strategy == "adapter")
+    if recipe.own.adapter:
+        per_frame += (
+            sum(_executed_macs(adapter, torch.empty(T, S, D, device="meta"), T) for adapter in model.adapters()) // T
+        )
+    else:
+        per_frame += len(model.adapters()) * adapter_macs(N, D, recipe.adapter, plain=recipe.strategy == "adapter")
     per_frame += len(model.lora) * S * 6 * D * rival.lora_rank
     if model.time is not None:
         per_frame += shape.depth * N * (5 * D * D + 2 * T * D)
@@ -85,6 +98,13 @@ def macs_per_view(model: VideoClassifier, recipe: Recipe) -> int:
     if model.pool is not None:
         per_clip += T * S * (2 * D * D + 2 * D) + D * D
     return T * per_frame + per_clip
+
+
+def _executed_macs(module: nn.Module, *inputs: Any) -> int:
+    """Of one call, as it is computed: what cannot be counted by formula because its code is not in the package."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops() // 2
 
 
 def vit_macs(shape: VitShape, prompts: int = 0) -> int:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from stadapter.backbones import load_backbone
 from stadapter.config import AdapterConfig, ConfigError, Recipe, RivalConfig, Strategy, derive_seed
 from stadapter.lora import LoRA
-from stadapter.placement import PLACES, PLACES_BEHIND, blocks_with_adapter, make_adapter
+from stadapter.own import load as load_own
+from stadapter.placement import PLACES, PLACES_BEHIND, AdapterClass, blocks_with_adapter, make_adapter
 from stadapter.rivals import AttentionPool, DividedAttention, TemporalTransformer, make_prompts
 from stadapter.strategies import freeze, uses_adapters
 from stadapter.vit import ViT
@@ -36,7 +37,8 @@ class VideoClassifier(nn.Module):
     """Pixels [B, T, 3, H, W] in, logits [B, K] out (float32).
 
     `before`, `after`, `after_mlp` and `parallel` hold the adapters, keyed by 0-based block index; `adapter` None builds
-    none. `strategy` decides what kind they are, and which of `lora`, `prompts`, `time`, `temporal` and `pool` there is.
+    none. `strategy` decides what kind they are, unless `own_adapter` does, and which of `lora`, `prompts`, `time`,
+    `temporal` and `pool` there is.
     The adapters' and the head's initial values depend on `seed` alone, each on its own stream: two models with the
     same seed start with the same head, and with the same adapters where both have them.
     """
@@ -58,16 +60,20 @@ class VideoClassifier(nn.Module):
         strategy: Strategy = "st_adapter",
         rival: RivalConfig | None = None,
         num_frames: int = 8,
+        own_adapter: AdapterClass | None = None,
     ) -> None:
         super().__init__()
         self.vit = vit
+        self.adapters_are_own = own_adapter is not None
         shape, rival = vit.shape, rival or RivalConfig()
         for place in PLACES:
             adapters = nn.ModuleDict()
             for block in blocks_with_adapter(adapter, place, shape.depth):
                 assert adapter is not None
                 with _seeded(seed, f"init/{place}", block):
-                    adapters[str(block)] = make_adapter(adapter, shape.width, plain=strategy == "adapter")
+                    adapters[str(block)] = make_adapter(
+                        adapter, shape.width, plain=strategy == "adapter", own=own_adapter
+                    )
             self.add_module(place, adapters)
         self.lora = cast("MutableSequence[LoRA]", nn.ModuleList())  # one per block, or none
         self.prompts = nn.ParameterList()  # likewise, [P, D]
@@ -139,12 +145,15 @@ class VideoClassifier(nn.Module):
         first, last = self._first_trained_block(), len(self.vit.blocks) - 1
         with _graph_if(first < 0):
             x_MSD = self.vit.embed(pixels_MCHW)
+        # What CLS gathers from the patches in an adapter of somebody's own is not known: then all tokens are computed.
+        gathers = self.adapters_are_own and any(map(_adapts_cls, self._adapters_behind(last)))
+        reads_cls_only = self.pool is None and not gathers
         for index in range(last + 1):
             with _graph_if(index >= first):  # below the first trained block nothing needs a gradient
-                x_MSD = self._block(index, x_MSD, num_frames, cls_only=index == last and self.pool is None)
+                x_MSD = self.block(index, x_MSD, num_frames, cls_only=index == last and reads_cls_only)
         return x_MSD
 
-    def _block(self, index: int, x_MSD: Tensor, num_frames: int, cls_only: bool) -> Tensor:
+    def block(self, index: int, x_MSD: Tensor, num_frames: int, cls_only: bool) -> Tensor:
         """One block with all that is around it. With `cls_only` nothing but CLS is read behind it: the patches' queries
         and MLP are left out, and so is an adapter behind the attention that does not touch CLS."""
         block, key = self.vit.blocks[index], str(index)
@@ -162,7 +171,7 @@ class VideoClassifier(nn.Module):
         x_MSD = x_MSD[:, :S] + attended_MSD[:, :S]
         behind = {place: getattr(self, place)[key] for place in PLACES_BEHIND if key in getattr(self, place)}
         if cls_only:
-            behind = {place: adapter for place, adapter in behind.items() if adapter.adapts_cls}
+            behind = {place: adapter for place, adapter in behind.items() if _adapts_cls(adapter)}
         if "after" in behind:
             x_MSD = behind["after"](x_MSD, num_frames)
         x_MSD = x_MSD + block.mlp(x_MSD)
@@ -181,8 +190,8 @@ class VideoClassifier(nn.Module):
                 blocks.add(int(path[0]))
             elif path[0] == "blocks" and group == "vit":
                 blocks.add(int(path[1]))
-            elif group == "time" or (group == "vit" and path[0] != "norm"):
-                blocks.add(-1)
+            elif group not in ("head", "temporal", "pool") and not (group == "vit" and path[0] == "norm"):
+                blocks.add(-1)  # the embedding, attention over time, and whatever a derived model adds
         return min(blocks)
 
     def adapters(self) -> list[nn.Module]:
@@ -191,9 +200,12 @@ class VideoClassifier(nn.Module):
 
     def dead_adapters(self) -> list[nn.Module]:
         """The adapters that can never receive a gradient: CLS, all that is read behind the last block, passes by."""
-        last = str(len(self.vit.blocks) - 1)
-        behind = [getattr(self, place)[last] for place in PLACES_BEHIND if last in getattr(self, place)]
-        return [adapter for adapter in behind if not adapter.adapts_cls]
+        if self.pool is not None:
+            return []
+        return [adapter for adapter in self._adapters_behind(len(self.vit.blocks) - 1) if not _adapts_cls(adapter)]
+
+    def _adapters_behind(self, block: int) -> list[nn.Module]:
+        return [getattr(self, place)[str(block)] for place in PLACES_BEHIND if str(block) in getattr(self, place)]
 
 
 def build_model(
@@ -202,22 +214,46 @@ def build_model(
     """The recipe's model, frozen as its strategy says, float32; on device "meta" without any weights. ConfigError."""
     data = recipe.data
     vit, backbone = load_backbone(recipe.backbone, data.frame_size, weights_file=weights_file, device=device)
-    adapter = recipe.adapter if uses_adapters(recipe.strategy) else None
     # On the CPU also for a GPU: its random numbers are the same everywhere.
     with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
-        model = VideoClassifier(
-            vit,
-            data.num_classes,
-            adapter,
-            recipe.seed,
-            backbone.mean,
-            backbone.std,
-            strategy=recipe.strategy,
-            rival=recipe.rival,
-            num_frames=data.num_frames,
-        )
+        make = _own_model if recipe.own.model else classifier
+        return make(recipe, vit, backbone.mean, backbone.std).to(device)
+
+
+def classifier(
+    recipe: Recipe, vit: ViT, mean: Triple, std: Triple, kind: type[VideoClassifier] | None = None
+) -> VideoClassifier:
+    """The recipe's model around this backbone, frozen as its strategy says; of a derived class where one is given."""
+    own = recipe.own
+    model = (kind or VideoClassifier)(
+        vit,
+        recipe.data.num_classes,
+        recipe.adapter if uses_adapters(recipe.strategy) else None,
+        recipe.seed,
+        mean,
+        std,
+        strategy=recipe.strategy,
+        rival=recipe.rival,
+        num_frames=recipe.data.num_frames,
+        own_adapter=load_own(own, own.adapter) if own.adapter else None,
+    )
     freeze(model, recipe.strategy, recipe.train_final_norm, recipe.rival)
-    return model.to(device)
+    return model
+
+
+def _own_model(recipe: Recipe, vit: ViT, mean: Triple, std: Triple) -> VideoClassifier:
+    name = recipe.own.model
+    with _seeded(recipe.seed, f"init/{name}"):
+        model = load_own(recipe.own, name)(recipe, vit, mean, std)
+    if not isinstance(model, VideoClassifier):
+        raise ConfigError(f"own.model = {name}: returned {type(model).__name__}, not a stadapter.model.VideoClassifier")
+    if not trainable_parameters(model):
+        raise ConfigError(f"own.model = {name}: nothing in it is trained; set requires_grad of what should be")
+    return model
+
+
+def _adapts_cls(adapter: nn.Module) -> bool:
+    return getattr(adapter, "adapts_cls", False)
 
 
 def cast_frozen(model: VideoClassifier, dtype: torch.dtype) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import nn
+
 from stadapter.adapter import STAdapter
 from stadapter.config import AdapterConfig, ConfigError
 from stadapter.rivals import PlainAdapter
+
+AdapterClass = Callable[[int, AdapterConfig], nn.Module]
 
 # Places in a block (see stadapter.model), and the placements that put an adapter there.
 PLACES = {
@@ -32,8 +38,10 @@ def blocks_with_adapter(adapter: AdapterConfig | None, place: str, depth: int) -
     return tuple(sorted(adapter.blocks))
 
 
-def make_adapter(adapter: AdapterConfig, width: int, *, plain: bool) -> STAdapter | PlainAdapter:
-    """One adapter for tokens of this width; `plain`: without convolution."""
+def make_adapter(adapter: AdapterConfig, width: int, *, plain: bool, own: AdapterClass | None = None) -> nn.Module:
+    """One adapter for tokens of this width; `plain`: without convolution; `own`: of this class."""
+    if own is not None:
+        return own(width, adapter)
     if plain:
         return PlainAdapter(width, adapter.bottleneck_width)
     return STAdapter(

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stadapter.config import ConfigError, Recipe, flatten
+from stadapter.config import ConfigError, Recipe, flatten, scientific_fields, unflatten
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
 TRAINED, RESULT = "trained.safetensors", "result.json"
@@ -54,11 +54,13 @@ def check_config(folder: Path, recipe: Recipe) -> bool:
     config = folder / CONFIG
     if not config.exists():
         return False
-    found = json.loads(config.read_text())
-    for path, value in flatten(recipe).items():
-        if path != "name" and found.get(path) != value:
+    found = scientific_fields(unflatten(json.loads(config.read_text())))
+    wanted = scientific_fields(recipe)
+    for path in {**wanted, **found}:
+        if found.get(path) != wanted.get(path):
             raise ConfigError(
-                f"{folder}: holds another training ({path} = {found.get(path)}, not {value}); choose another --output"
+                f"{folder}: holds another training ({path} = {found.get(path)}, not {wanted.get(path)}); "
+                "choose another --output"
             )
     return True
 

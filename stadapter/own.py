@@ -1,0 +1,90 @@
+"""Arms that are not in the package: an adapter, a placement or a strategy of your own, from one file of yours.
+
+    from stadapter.ablation import Arm, main
+    from stadapter.own import own_adapter
+
+    class MyAdapter(nn.Module):
+        def __init__(self, width: int, adapter: AdapterConfig) -> None: ...
+        def forward(self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None) -> Tensor: ...
+
+    main(__doc__, ..., make_arm=lambda recipe, value: Arm("mine", own_adapter(MyAdapter)))
+
+The trial's identity holds the content of that file, not its place. The processes that train import the file by its
+place, so on a cluster it must lie where every node sees it. `docs/own_idea.md` leads through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stadapter.config import ConfigError, OwnCode
+
+
+def own_adapter(adapter: type) -> dict[str, Any]:
+    """The fields of an arm whose adapters are of this class, a class at the top of its file.
+
+    It is built as `adapter(width, recipe.adapter)`, once per place and block, its random numbers seeded for that
+    place; and called as `STAdapter.forward` is, with tokens [M, 1 + N, D]. Only a class with `adapts_cls = True` may
+    change CLS.
+    """
+    return _fields(adapter, "adapter")
+
+
+def own_model(build: Callable[..., Any]) -> dict[str, Any]:
+    """The fields of an arm whose model this function makes, a function at the top of its file.
+
+    It is called as `build(recipe, vit, mean, std)` with the backbone, its weights read, and its normalisation. It
+    returns a `stadapter.model.VideoClassifier`, or what is derived from one, with `requires_grad` set on what is
+    trained; `stadapter.model.classifier` makes the recipe's own to start from.
+    """
+    return _fields(build, "model")
+
+
+def load(own: OwnCode, name: str) -> Any:
+    """The class or function `name` of the file. ConfigError where the file is gone or is no longer what was hashed."""
+    module_name = f"stadapter_own_{own.sha256[:16]}"
+    if module_name not in sys.modules:
+        path = Path(own.file)
+        if not path.is_file():
+            raise ConfigError(
+                f"own.file = {path}: is not there; on a cluster it must lie on a file system that every node shares"
+            )
+        if _digest(path) != own.sha256:
+            raise ConfigError(f"own.file = {path}: has changed since this trial was described; start its script again")
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    try:
+        return getattr(sys.modules[module_name], name)
+    except AttributeError:
+        raise ConfigError(f"own.file = {own.file}: has no {name} at its top") from None
+
+
+def _fields(code: Any, kind: str) -> dict[str, Any]:
+    file = inspect.getsourcefile(code)
+    if file is None or not Path(file).is_file() or code.__qualname__ != code.__name__:
+        raise ConfigError(f"{code.__qualname__}: must stand at the top of a Python file, where a trial can import it")
+    path = Path(file).resolve()
+    unused = "model" if kind == "adapter" else "adapter"
+    return {
+        "own.file": str(path),
+        "own.sha256": _digest(path),
+        f"own.{kind}": code.__name__,
+        f"own.{unused}": "",
+    }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
