@@ -61,11 +61,18 @@ def glance(answers: Sequence[Answer]) -> list[list[str]]:
                 table.mean_and_spread(default.top1),
                 best.arm if best else table.DASH,
                 table.mean_and_spread(best.top1) if best else table.DASH,
-                f"{len(differ)} of {len(compared)} arms" if compared else "not testable",
+                _count(len(differ), len(compared), sum(row.untestable for row in answer.rows)),
                 str(len({trial.seed for trial in answer.sweep.trials})),
             ]
         )
     return lines
+
+
+def _count(differ: int, tested: int, untestable: int) -> str:
+    """`3 of 5 arms; 1 not testable`."""
+    if not tested:
+        return "not testable"
+    return f"{differ} of {tested} arms" + (f"; {untestable} not testable" if untestable else "")
 
 
 def best_row(answer: Answer) -> Row | None:
@@ -84,8 +91,13 @@ def finding(answer: Answer) -> str:
     if best is not default:
         text += f"; the default arm, {default.arm}, has {table.mean_and_spread(default.top1)} %"
     tested = [row for row in answer.rows if row.difference and row.difference.p is not None]
+    for row in answer.rows:
+        if row.untestable and row.difference:
+            text += (
+                f"; {row.arm} differs by {table.signed(row.difference.mean)} points in every seed, which no test covers"
+            )
     if not tested:
-        return text + ". Differences cannot be tested: that needs at least two seeds per arm."
+        return text + ". Differences cannot be tested: that needs at least two seeds per arm that do not all agree."
     differ = [_difference(row) for row in tested if _significant(row)]
     if not differ:
         return (

@@ -31,7 +31,7 @@ def _cell(text: str) -> str:
 
 
 def to_latex(answer: Answer) -> str:
-    """A table environment for a paper: needs `\\usepackage{booktabs}` and nothing else."""
+    """A table environment for a paper, no wider than its column: needs the packages booktabs and graphicx."""
     header, *body = table.grid(answer.rows)
     frame = pd.DataFrame([[_cell(cell) for cell in line] for line in body])
     frame.columns = pd.Index([latex_escape(name) for name in header])
@@ -45,9 +45,13 @@ def to_latex(answer: Answer) -> str:
     )
     notes = "\n".join(f"\\par {latex_escape(note)}" for note in answer.notes)
     under = f"\\par\\medskip\\footnotesize\\raggedright\n{notes}\n\\end{{table}}"
-    return text.replace(
-        "\\begin{tabular}", "\\centering\\small\\setlength{\\tabcolsep}{4pt}\n\\begin{tabular}"
-    ).replace("\\end{table}", under)
+    shrink = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{"
+    start = f"\\centering\\small\\setlength{{\\tabcolsep}}{{4pt}}\n{shrink}\\begin{{tabular}}"
+    return (
+        text.replace("\\begin{tabular}", start)
+        .replace("\\end{tabular}", "\\end{tabular}}")
+        .replace("\\end{table}", under)
+    )
 
 
 def write_tables(answer: Answer, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from scipy import stats
 
 import analysis
 from analysis.__main__ import main
+from analysis.content import glance
 from stadapter import config, recipes, record
 from stadapter.ablation import table
 from stadapter.ablation.tracking import sync
@@ -145,6 +147,37 @@ def test_latex_is_a_booktabs_table(output: Path) -> None:
             assert len(re.findall(r"(?<!\\)&", line)) == len(columns[1]) - 1
         for special in "%#_":
             assert not re.search(rf"(?<!\\){special}", text.replace("fig:", "").replace(f"tab:{found.name}", ""))
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no pdflatex on this machine")
+def test_latex_compiles_and_no_table_is_wider_than_its_column(output: Path, tmp_path: Path) -> None:
+    tables = "\n".join(analysis.to_latex(found) for found in analysis.from_folder(output))
+    packages = "\\usepackage{booktabs}\n\\usepackage{graphicx}"
+    document = f"\\documentclass[twocolumn]{{article}}\n{packages}\n\\begin{{document}}\n{tables}\n\\end{{document}}\n"
+    (tmp_path / "tables.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "Overfull" not in done.stdout
+
+
+def test_differences_that_are_equal_in_all_seeds_are_said_to_be_untested(tmp_path: Path) -> None:
+    sweep = made_up.kernel_sweep(2)
+    made_up.write(sweep, tmp_path, made_up.KERNEL)
+    accuracies = {"kernel 1x3x3": (40.0, 41.0), "kernel 3x3x3": (96.0, 97.0)}  # 56 points in both seeds
+    for trial in sweep.trials:
+        if trial.arm in accuracies:
+            top1 = accuracies[trial.arm][trial.seed]
+            record.write_json(trial.folder(tmp_path) / record.RESULT, made_up.result(trial, top1))
+    (found,) = analysis.from_folder(tmp_path)
+    rows = {row.arm: row for row in found.rows}
+    assert rows["kernel 1x3x3"].untestable and not rows["kernel 5x3x3"].untestable
+    assert any(note.startswith("No p-value: kernel 1x3x3; ") for note in found.notes)
+    assert glance([found])[1][5].endswith(" of 2 arms; 1 not testable")
+    assert "kernel 1x3x3 differs by -56.0 points in every seed" in analysis.finding(found)
+    tested = rows["kernel 5x3x3"].difference
+    assert tested is not None and tested.p is not None and tested.p_holm is not None
+    assert tested.p_holm >= min(1.0, 2 * tested.p)  # three comparisons, of which one has no p-value
 
 
 def test_the_same_report_from_mlflow_and_from_the_folder(output: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_an_override_has_the_type_of_its_field(override: str, value: object) -> 
     assert config.parse_override(override) == (override.partition("=")[0], value)
 
 
-def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> None:
+def test_identity_changes_with_every_field_that_decides_a_result(tiny_recipe: Recipe) -> None:
     changed = {
         "data.dataset": "ssv2", "data.num_classes": 3, "data.label_groups": (1, 1), "data.num_frames": 2,
         "data.frame_size": 48,
@@ -94,10 +94,15 @@ def test_identity_changes_with_every_field_but_the_name(tiny_recipe: Recipe) -> 
         "optim.backbone_lr_factor": 0.1, "strategy": "linear_probe", "train_final_norm": False,
         "seed": 1,
     }  # fmt: skip
-    assert set(changed) == set(config.flatten(tiny_recipe)) - {"name"}
+    own = {"own.file": "/here.py", "own.sha256": "0" * 64, "own.adapter": "Mine", "own.model": "build"}
+    assert {*changed, *own} == set(config.flatten(tiny_recipe)) - {"name"}
     identities = {config.identity(config.replace(tiny_recipe, **{path: value})) for path, value in changed.items()}
     assert len(identities | {config.identity(tiny_recipe)}) == len(changed) + 1
     assert config.identity(config.replace(tiny_recipe, name="another")) == config.identity(tiny_recipe)
+    mine = config.replace(tiny_recipe, **own)
+    others = [{"own.sha256": "1" * 64}, {"own.adapter": "Other"}, {"own.model": ""}]
+    assert len({config.identity(config.replace(mine, **fields)) for fields in ({}, *others)}) == 4
+    assert config.identity(config.replace(mine, **{"own.file": "/there.py"})) == config.identity(mine)
 
 
 def test_identity_does_not_drift() -> None:

@@ -20,6 +20,7 @@ from stadapter.train import Operation, train
 FOLDER = Path(__file__).parent.parent / "experiments"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem.startswith(("ablate_", "compare_")))
 PAPER = (recipes.ssv2_clip_b16, recipes.kinetics400_clip_b16)
+LAYOUTS = (*PAPER, recipes.epic_kitchens100_clip_b16)
 
 
 def script(name: str) -> Any:
@@ -149,8 +150,13 @@ def test_one_weights_file_cannot_serve_two_pretrainings() -> None:
 
 @pytest.fixture(scope="module")
 def layouts(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A few clips of two classes, laid out as Something-Something-v2 and as Kinetics-400 are."""
+    """A few clips of two classes, laid out as Something-Something-v2, Kinetics-400 and EPIC-Kitchens-100 are.
+
+    EPIC's clips are of two verbs and three nouns.
+    """
     ssv2, kinetics = tmp_path_factory.mktemp("ssv2"), tmp_path_factory.mktemp("kinetics")
+    epic = tmp_path_factory.mktemp("epic")
+    (epic / "videos").mkdir()
     (ssv2 / "videos").mkdir()
     templates = {"Moving [something] right": "0", "Moving [something] left": "1"}
     (ssv2 / "labels.json").write_text(
@@ -158,21 +164,26 @@ def layouts(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     )
     for split, count in (("train", 4), ("validation", 2)):
         entries, rows = [], ["label,youtube_id,time_start,time_end,split"]
+        actions = ["narration_id,participant_id,video_id,start_frame,stop_frame,verb_class,noun_class"]
         folder = clip_folder / split[:5].replace("valid", "val")
         for number in range(count):
             name, clip = list(templates)[number % 2], sorted(folder.glob("*/*.mp4"))[number]
             entries.append({"id": f"{split}{number}", "template": name, "label": name})
             (ssv2 / "videos" / f"{split}{number}.mp4").symlink_to(clip)
+            actions.append(
+                f"P01_{split}_{number},P01,P01_{split},{16 * number + 1},{16 * number + 16},{number % 2},{number % 3}"
+            )
+            (epic / "videos" / f"P01_{split}_{number}.mp4").symlink_to(clip)
             rows.append(f"class {number % 2},{split}{number},0,10,{split}")
             (kinetics / folder.name).mkdir(exist_ok=True)
             (kinetics / folder.name / f"{split}{number}_000000_000010.mp4").symlink_to(clip)
         (ssv2 / f"{split}.json").write_text(json.dumps(entries))
         (kinetics / f"{folder.name}.csv").write_text("\n".join(rows) + "\n")
-    return {"ssv2": ssv2, "kinetics400": kinetics}
+        (epic / f"EPIC_100_{split}.csv").write_text("\n".join(actions) + "\n")
+    return {"ssv2": ssv2, "kinetics400": kinetics, "epic_kitchens100": epic}
 
 
 SMALL = {
-    "data.num_classes": 2,
     "data.num_frames": 2,
     "data.frame_size": 60,
     "backbone.name": "embedded",
@@ -195,12 +206,13 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("recipe", PAPER, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", LAYOUTS, ids=lambda recipe: recipe.name)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_trains_on_the_layout_of_the_recipes_data(
     name: str, recipe: Recipe, layouts: dict[str, Path], tmp_path: Path
 ) -> None:
-    small = replace(recipe, **SMALL)
+    groups = recipe.data.label_groups and (2, 3)
+    small = replace(recipe, **SMALL | {"data.label_groups": groups, "data.num_classes": sum(groups or (2,))})
     sweep = make_sweep(name, "?", small, [script(name).make_arm(small, word) for word in WORDS[name]], seeds=1)
     for trial in sweep.trials:
         with warnings.catch_warnings():
@@ -208,3 +220,4 @@ def test_a_script_trains_on_the_layout_of_the_recipes_data(
             result = train(trial.recipe, tmp_path / trial.id, Operation(data_root=layouts[recipe.data.dataset]))
         assert result["recipe"]["data.dataset"] == recipe.data.dataset
         assert 0 <= result["metrics"]["top1"] <= 100
+        assert ("verb_top1" in result["metrics"]) == (recipe.data.label_groups is not None)

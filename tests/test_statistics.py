@@ -67,10 +67,13 @@ def test_no_p_value_without_spread_or_with_one_pair() -> None:
 
 def test_holms_correction_on_a_worked_example() -> None:
     # Holm (1979) as tabulated in many textbooks: sorted p times 4, 3, 2, 1, made monotone.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.01, None, 0.04]) == [pytest.approx(0.02), None, pytest.approx(0.04)]
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
+    assert holm([0.01, 0.04, 0.03, 0.005], 4) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8], 2) == [1.0, 1.0]
+    assert holm([], 0) == []
+
+
+def test_a_comparison_without_a_p_value_counts_in_the_correction() -> None:
+    assert holm([0.01, None, 0.04], 3) == [pytest.approx(0.03), None, pytest.approx(0.08)]
 
 
 def test_published_values_appear_for_exactly_their_configuration_with_their_status() -> None:

@@ -70,12 +70,13 @@ def compare(arm: Mapping[int, float], default: Mapping[int, float]) -> Differenc
     return Difference(summary.n, summary.mean, summary.sd, summary.low, summary.high, p)
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's correction for as many comparisons as there are p-values; None stays None."""
+def holm(p_values: Sequence[float | None], comparisons: int) -> list[float | None]:
+    """Holm's correction for that many comparisons, of which those without a p-value (None stays None) count as well:
+    an arm whose differences happen to be equal does not make the others more significant."""
     order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for rank, (p, i) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        largest = max(largest, min(1.0, (comparisons - rank) * p))
         corrected[i] = largest
     return corrected

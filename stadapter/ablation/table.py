@@ -49,6 +49,11 @@ class Row:
     published: Published | None
 
     @property
+    def untestable(self) -> bool:
+        """Whether the arm differs from the default one by the same number in every one of several seeds."""
+        return self.difference is not None and self.difference.n > 1 and self.difference.p is None
+
+    @property
     def hole(self) -> str:
         """What a reader must know about missing trials, `1 of 2`; empty when there is nothing to say."""
         wanted, there = len(self.trials), len(self.top1_by_seed)
@@ -76,7 +81,8 @@ def make_rows(sweep: Sweep, records: Records) -> list[Row]:
     rows = [_row(arm, pairs, arm == default) for arm, pairs in mine.items()]
     reference = next(row for row in rows if row.is_default).top1_by_seed
     differences = [None if row.is_default else compare(row.top1_by_seed, reference) for row in rows]
-    corrected = holm([d.p if d else None for d in differences])
+    comparisons = sum(d is not None and d.n > 1 for d in differences)
+    corrected = holm([d.p if d else None for d in differences], comparisons)
     return [
         dataclasses.replace(row, difference=d and dataclasses.replace(d, p_holm=p))
         for row, d, p in zip(rows, differences, corrected, strict=True)
@@ -175,7 +181,12 @@ def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
         )
         lines.append(f"Δ: mean difference to '{default_arm(sweep)}', paired by seed; p: paired t test, Holm-corrected.")
     if any(row.top1.low is None for row in several if row.top1):
-        lines.append("Equal accuracies in all seeds have no interval, equal differences no p-value: not certainty.")
+        lines.append("Accuracies that are equal in all seeds have no interval: that would claim certainty.")
+    if untested := [row.arm for row in rows if row.untestable]:
+        lines.append(
+            f"No p-value: {', '.join(untested)}; the differences are equal in all seeds, which leaves no spread "
+            "to test against; --seeds adds some."
+        )
     if len({t.seed for t in sweep.trials}) == 1:
         lines.append("One seed per arm: no error bar, interval or p-value can be given; --seeds 3 adds seeds.")
     elif any(row.top1 and row.top1.n == 1 for row in rows):
