@@ -27,3 +27,13 @@ def test_the_way_from_a_folder_to_a_training_works_as_written(clip_folder: Path,
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "checked" / "report.csv").exists()
     assert (tmp_path / "runs" / "first" / "result.json").exists()
+
+
+def test_the_commands_about_an_idea_of_ones_own_work_as_written() -> None:
+    blocks = [block for tested, block in BLOCK.findall((ROOT / "docs" / "own_idea.md").read_text()) if tested]
+    assert blocks
+    for block in blocks:
+        words = shlex.split(block)
+        assert words[0] == "python"
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
