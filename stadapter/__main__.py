@@ -12,14 +12,17 @@ from stadapter import config, recipes
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.storage import data_root
-from stadapter.record import bad_clips_in_words
+from stadapter.record import DEFAULT_CHECKPOINT_EVERY_S, WriteError, bad_clips_in_words
+from stadapter.stopping import StopSignals
+
+STOPPED = 130  # as a shell tells of Ctrl-C
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m stadapter",
         description="Finding out what matters when a frozen image transformer is adapted to video.",
-        epilog="exit codes: 0 done; 1 the training failed; 2 the input cannot work",
+        epilog="exit codes: 0 done; 1 the training failed; 2 the input cannot work; 130 stopped (again to go on)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
@@ -59,6 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument(
         "--clips-per-pass", type=int, metavar="N", help="clips in one pass of a process; more are accumulated"
     )
+    train.add_argument(
+        "--checkpoint-every", type=float, default=DEFAULT_CHECKPOINT_EVERY_S, metavar="SECONDS",
+        help="within an epoch; each epoch ends with a checkpoint as well (default: %(default)g)",
+    )  # fmt: skip
     add_reading_flags(train)
     options = parser.parse_args(arguments)
     try:
@@ -74,6 +81,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from stadapter.data.bad_clips import BadClipsError
+    from stadapter.running import Stopped
     from stadapter.train import Operation, TrainingError, join_world, train
 
     world = join_world()
@@ -82,6 +90,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
         options.weights,
         options.num_workers,
         options.clips_per_pass,
+        checkpoint_every_s=options.checkpoint_every,
         **reading_flags(options),
     )
     live = sys.stderr.isatty()
@@ -98,10 +107,18 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
             print(f"epoch {metrics['epoch']}/{recipe.optim.epochs}  {measured}", flush=True)
 
     try:
-        result = train(recipe, options.output, operation, world, on_epoch, on_step)
-    except (TrainingError, BadClipsError) as error:
+        with StopSignals("stopping after this step, with a checkpoint; once more to stop at once") as signals:
+            result = train(recipe, options.output, operation, world, on_epoch, on_step, signals.asked)
+    except (TrainingError, BadClipsError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if world.rank == 0:
+            print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return STOPPED
     finally:
         if world.size > 1:
             dist.destroy_process_group()

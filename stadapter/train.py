@@ -13,15 +13,14 @@ Shapes: B clips in a pass, G clips in a global batch, T frames, D width, K class
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,13 @@ from stadapter.data.reading import Reading
 from stadapter.data.storage import DEFAULT_SPILL_GB, default_spill
 from stadapter.evaluate import evaluate
 from stadapter.model import (
-    VideoClassifier,
     build_model,
     cast_frozen,
-    load_trainable_state,
     trainable_parameters,
     trainable_state,
 )
 from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
+from stadapter.running import Clock, Learner, Run, World
 
 TEST_BATCH_FACTOR = 4  # without a graph, a pass of this many times the clips fits the same memory
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,15 +57,6 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 class TrainingError(RuntimeError):
     """The training cannot go on, and its numbers must not be used. One line: what, when, and what to try."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that share one training. `rank` 0 writes."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -84,12 +73,15 @@ class Operation:
     decoder: Backend = "auto"
     cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
     elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
+    checkpoint_every_s: float = record.DEFAULT_CHECKPOINT_EVERY_S  # in an epoch; 0: every step
 
     def __post_init__(self) -> None:
         if self.clips_per_pass is not None and self.clips_per_pass < 1:
             raise ConfigError(f"--clips-per-pass {self.clips_per_pass}: must be at least 1")
         if self.num_workers < 0:
             raise ConfigError(f"--num-workers {self.num_workers}: must be at least 0")
+        if not self.checkpoint_every_s >= 0:
+            raise ConfigError(f"--checkpoint-every {self.checkpoint_every_s}: must be at least 0 seconds")
 
 
 def join_world() -> World:
@@ -109,18 +101,6 @@ def join_world() -> World:
 Report = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class _Learner:
-    """What one process trains with."""
-
-    recipe: Recipe
-    world: World
-    model: VideoClassifier
-    replica: torch.nn.Module  # the model, or its DistributedDataParallel wrapper
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler  # does nothing unless the precision is float16
-
-
 def train(
     recipe: Recipe,
     folder: Path,
@@ -128,16 +108,18 @@ def train(
     world: World | None = None,
     on_epoch: Report | None = None,
     on_step: Report | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Train and test one recipe in `folder`, from its last checkpoint if there is one; returns the record.
 
     Called by every process of the `world`, whose process group stands already. `on_epoch` is called in every process
-    with the epoch's metrics, `on_step` in rank 0. A finished folder returns its record without training.
-    Raises ConfigError for what cannot work, a folder of another recipe or of other clips included, and TrainingError
-    for a loss that is not finite.
+    with the epoch's metrics, `on_step` in rank 0. `should_stop` is asked in rank 0 after every step (and, in a world of
+    one, between the batches of a test); when it says so, all processes raise Stopped. A finished folder returns its
+    record without training.
+    Raises ConfigError for what cannot work, a folder of another recipe or of other clips included, TrainingError for a
+    loss that is not finite, and record.WriteError where the folder cannot be written any more.
     """
-    operation, world = operation or Operation(), world or World()
-    started, cpu_started = time.time(), time.process_time()
+    operation, world, clock = operation or Operation(), world or World(), Clock()
     optim, data = recipe.optim, recipe.data
     clips = {split: load_clips(data, operation.data_root, split) for split in ("train", "val", "test")}
     seen = {split: clips[split].fingerprint() for split in ("train", "test")}
@@ -153,30 +135,28 @@ def train(
         record.prepare_folder(folder, recipe)
     learner = _make_learner(recipe, operation, world)
     bad = {split: BadClips(split, len(clips[split]), operation.max_bad_share) for split in ("train", "test")}
-    first_epoch, seconds_before = _resume(folder, learner, bad["train"], seen)
-    steps = _load_steps(
-        clips["train"], bad["train"], learner, operation, range(first_epoch * epoch_steps, optim.epochs * epoch_steps)
-    )
+    run = Run(folder, learner, bad["train"], seen, epoch_steps, operation.checkpoint_every_s, should_stop, clock)
+    run.resume()
+    total_steps = optim.epochs * epoch_steps
+    steps = _load_steps(clips["train"], bad["train"], learner, operation, range(run.steps_done, total_steps))
 
-    for epoch in range(first_epoch, optim.epochs):
-        epoch_metrics = _train_epoch(learner, itertools.islice(steps, epoch_steps), epoch, epoch_steps, on_step)
+    while run.epochs_done < optim.epochs:
+        epoch_metrics = _train_epoch(run, steps, on_step)
         if world.size > 1:
             bad["train"].gather()
         of_val = BadClips("val", len(clips["val"]), operation.max_bad_share)
-        validation = _test(learner, clips["val"], of_val, operation, all_views=False)
+        validation = _test(run, clips["val"], of_val, operation, all_views=False)
         metrics = {
             **epoch_metrics,
             **{f"val_{name}": value for name, value in validation.items()},
-            "seconds": seconds_before + time.time() - started,
+            "seconds": run.clock.seconds(),
             "time": time.time(),
         }
-        if world.rank == 0:
-            _append_metrics(folder, metrics)
-            _save_checkpoint(folder, learner, bad["train"], seen, epoch + 1, metrics["seconds"])
+        run.end_epoch(metrics)
         if on_epoch is not None:
             on_epoch(metrics)
 
-    tested = _test(learner, clips["test"], bad["test"], operation, all_views=True)
+    tested = _test(run, clips["test"], bad["test"], operation, all_views=True)
     cost = cost_of(recipe)
     result = {
         "trial_id": identity(recipe),
@@ -190,8 +170,9 @@ def train(
         ),
         **dataclasses.asdict(cost),
         "views": data.test_temporal_views * data.test_spatial_views,
-        "seconds": seconds_before + time.time() - started,
-        "cpu_seconds": time.process_time() - cpu_started,
+        "seconds": run.clock.seconds(),
+        "cpu_seconds": run.clock.cpu_seconds(),
+        "launches": run.launches,
         "peak_memory_mib": machine.peak_memory_mib(world.device),
         "device": machine.device_name(world.device),
         "processes": world.size,
@@ -200,7 +181,7 @@ def train(
         "bad_clips": {split: found.summary() for split, found in bad.items()},
         "data": {split: {"fingerprint": fingerprint, "clips": len(clips[split])} for split, fingerprint in seen.items()}
         | {"decoder": "pyav" if operation.decoder == "auto" else operation.decoder},
-        "started": started,
+        "started": run.clock.began,
         "finished": time.time(),
         **machine.provenance(),
     }
@@ -212,7 +193,7 @@ def train(
     return result
 
 
-def _make_learner(recipe: Recipe, operation: Operation, world: World) -> _Learner:
+def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner:
     optim = recipe.optim
     model = build_model(recipe, weights_file=operation.weights_file).to(world.device)
     if optim.precision != "float32" and world.device.type == "cuda":
@@ -224,7 +205,7 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> _Learne
         # same seed or file; DistributedDataParallel still sends rank 0's once, which rules out a mix.
         replica = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=optim.precision == "float16")
-    return _Learner(recipe, world, model, replica, make_optimizer(model, optim), scaler)
+    return Learner(recipe, world, model, replica, make_optimizer(model, optim), scaler)
 
 
 def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool) -> ClipDataset:
@@ -241,7 +222,7 @@ def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation,
 
 
 def _load_steps(
-    clips: ClipList, bad: BadClips, learner: _Learner, operation: Operation, steps: range
+    clips: ClipList, bad: BadClips, learner: Learner, operation: Operation, steps: range
 ) -> Iterator[list[dict[str, Any]]]:
     """This process's share of each global batch, as the list of passes that fit its memory."""
     recipe, world = learner.recipe, learner.world
@@ -265,26 +246,26 @@ def _load_steps(
         yield [next(batches) for _ in range(passes)]
 
 
-def _train_epoch(
-    learner: _Learner, steps: Iterable[list[dict[str, Any]]], epoch: int, epoch_steps: int, on_step: Report | None
-) -> dict[str, Any]:
-    """One pass over the training clips; the epoch's metrics, equal in every process."""
+def _train_epoch(run: Run, steps: Iterator[list[dict[str, Any]]], on_step: Report | None) -> dict[str, Any]:
+    """What is left of one pass over the training clips; the epoch's metrics, equal in every process."""
+    learner, epoch, epoch_steps = run.learner, run.epochs_done, run.epoch_steps
     optim, world = learner.recipe.optim, learner.world
     total_steps, warmup_steps = optim.epochs * epoch_steps, round(optim.warmup_epochs * epoch_steps)
+    first_step = run.steps_done
     learner.model.train()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    started = time.time()
-    rate = 0.0
-    for done, passes in enumerate(steps, start=1):
-        step = epoch * epoch_steps + done - 1
+    rate = learning_rate(first_step - 1, total_steps, warmup_steps, optim.peak_lr) if first_step else 0.0
+    started, seconds_before = time.time(), run.epoch_seconds
+    for passes in itertools.islice(steps, (epoch + 1) * epoch_steps - first_step):
+        step = run.steps_done
         rate = learning_rate(step, total_steps, warmup_steps, optim.peak_lr)
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        loss = _backward(learner, passes, step).double()
+        loss_and_wish = torch.stack([_backward(learner, passes, step).double(), run.wish()])
         if world.size > 1:
-            dist.all_reduce(loss)  # at once: all processes stop at the same step, and none waits for one that has
-        loss_sum += loss
-        if not math.isfinite(mean_loss := loss.item() / optim.global_batch):
+            dist.all_reduce(loss_and_wish)  # at once: all processes stop at the same step, none waits for one that has
+        loss, wish = loss_and_wish.tolist()
+        run.loss_sum += loss
+        if not math.isfinite(mean_loss := loss / optim.global_batch):
             raise TrainingError(
                 f"the loss became {mean_loss} at step {step} (epoch {epoch + 1}, learning rate {rate:.2g}); "
                 "lower optim.base_lr, lengthen optim.warmup_epochs or set optim.clip_norm"
@@ -295,23 +276,25 @@ def _train_epoch(
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.optimizer.zero_grad(set_to_none=True)
+        run.steps_done += 1
+        run.epoch_seconds = seconds_before + time.time() - started
         if on_step is not None and world.rank == 0:
-            pace_s = (time.time() - started) / done
-            left_s = pace_s * (total_steps - step - 1)
+            pace_s = (time.time() - started) / (run.steps_done - first_step)
+            left_s = pace_s * (total_steps - run.steps_done)
             clips_per_s = optim.global_batch / pace_s
             on_step({"epoch": epoch + 1, "loss": mean_loss, "clips_per_s": clips_per_s, "left_s": left_s})
-    seconds = time.time() - started
+        run.obey(wish)
     clips = epoch_steps * optim.global_batch
     return {
         "epoch": epoch + 1,
-        "step": (epoch + 1) * epoch_steps,
-        "train_loss": loss_sum.item() / clips,
+        "step": run.steps_done,
+        "train_loss": run.loss_sum / clips,
         "lr": rate,
-        "clips_per_s": clips / seconds,
+        "clips_per_s": clips / run.epoch_seconds,
     }
 
 
-def _backward(learner: _Learner, passes: list[dict[str, Any]], step: int) -> Tensor:
+def _backward(learner: Learner, passes: list[dict[str, Any]], step: int) -> Tensor:
     """Gradients of the mean loss of the global batch; returns the sum of this process's losses, float32 []."""
     recipe, world = learner.recipe, learner.world
     optim, dtype = recipe.optim, PRECISIONS[recipe.optim.precision]
@@ -336,9 +319,8 @@ def _backward(learner: _Learner, passes: list[dict[str, Any]], step: int) -> Ten
     return loss_sum
 
 
-def _test(
-    learner: _Learner, clips: ClipList, bad: BadClips, operation: Operation, *, all_views: bool
-) -> dict[str, float]:
+def _test(run: Run, clips: ClipList, bad: BadClips, operation: Operation, *, all_views: bool) -> dict[str, float]:
+    learner = run.learner
     recipe, world = learner.recipe, learner.world
     data = recipe.data
     if not all_views:
@@ -356,7 +338,7 @@ def _test(
     )
     result = evaluate(
         learner.model,
-        bad.watch(batches),
+        run.interruptible(bad.watch(batches)),
         world.device,
         PRECISIONS[recipe.optim.precision],
         opposite_pairs=any(clips.reversed),
@@ -366,44 +348,3 @@ def _test(
     if world.size > 1:
         bad.gather()
     return result
-
-
-def _append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Append an epoch, after dropping what a crash left of this epoch or a later one."""
-    kept = [line for line in record.read_metrics(folder) if line["epoch"] < metrics["epoch"]]
-    text = "".join(json.dumps(line) + "\n" for line in [*kept, metrics])
-    record.write_atomically(folder / record.METRICS, text.encode())
-
-
-def _save_checkpoint(
-    folder: Path, learner: _Learner, bad: BadClips, seen: dict[str, str], epochs_done: int, seconds: float
-) -> None:
-    buffer = io.BytesIO()
-    checkpoint = {
-        "epochs_done": epochs_done,
-        "seconds": seconds,
-        "trained": trainable_state(learner.model),
-        "optimizer": learner.optimizer.state_dict(),
-        "scaler": learner.scaler.state_dict(),
-        "bad_clips": bad.reasons,
-        "data": seen,
-    }
-    torch.save(checkpoint, buffer)
-    record.write_atomically(folder / record.CHECKPOINT, buffer.getvalue())
-
-
-def _resume(folder: Path, learner: _Learner, bad: BadClips, seen: dict[str, str]) -> tuple[int, float]:
-    """Load the last checkpoint, if any, and the bad clips met so far; returns the epochs done and their seconds.
-
-    ConfigError if its epochs saw other clips than those whose fingerprints are `seen`.
-    """
-    path = folder / record.CHECKPOINT
-    if not path.exists():
-        return 0, 0.0
-    checkpoint = torch.load(path, map_location=learner.world.device, weights_only=True)
-    record.check_data(folder, checkpoint.get("data", {}), seen)
-    load_trainable_state(learner.model, checkpoint["trained"])
-    learner.optimizer.load_state_dict(checkpoint["optimizer"])
-    learner.scaler.load_state_dict(checkpoint["scaler"])
-    bad.reasons.update(checkpoint["bad_clips"])
-    return checkpoint["epochs_done"], checkpoint["seconds"]

@@ -1,0 +1,63 @@
+"""What a training leaves behind to go on from: two generations, each with its checksum.
+
+A new checkpoint is complete on the disk before the last one becomes `checkpoint.previous.pt`, and only then takes its
+place. Whatever dies in between, one of the two is whole; one that is not is told by its checksum, set aside and never
+loaded. Reading executes nothing that a file says (`weights_only`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stadapter import record
+
+PREVIOUS = "checkpoint.previous.pt"
+_DIGEST_BYTES = hashlib.sha256().digest_size  # at the end of the file, behind what torch.save wrote
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write the newest checkpoint, and keep the one before. record.WriteError leaves both as they were."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    path = folder / record.CHECKPOINT
+    with record.written_whole(path, content + hashlib.sha256(content).digest()):
+        if path.exists():
+            os.replace(path, folder / PREVIOUS)
+
+
+def set_broken_aside(folder: Path) -> list[str]:
+    """Rename what is no whole checkpoint to `*.broken`; returns why, one line each. Called by one process."""
+    notes = []
+    for name in (record.CHECKPOINT, PREVIOUS):
+        path = folder / name
+        if path.exists() and _content(path) is None:
+            kept = path.with_name(f"{name}.broken")
+            os.replace(path, kept)
+            notes.append(f"{path}: is cut short or damaged, and is kept as {kept.name}")
+    if notes:
+        whole = [name for name in (record.CHECKPOINT, PREVIOUS) if (folder / name).exists()]
+        notes.append(f"the training goes on from {whole[0]}" if whole else "the training starts again")
+    return notes
+
+
+def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The newest whole checkpoint; None where there is none."""
+    for name in (record.CHECKPOINT, PREVIOUS):
+        content = _content(folder / name) if (folder / name).exists() else None
+        if content is not None:
+            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    return None
+
+
+def _content(path: Path) -> bytes | None:
+    """What was saved; None unless its checksum is right."""
+    stored = path.read_bytes()
+    content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else None
