@@ -7,7 +7,7 @@ import ray
 import torch
 
 from stadapter import config, recipes
-from stadapter.ablation import cli
+from stadapter.ablation import cli, flags
 from stadapter.ablation.sweep import Cluster, Resources
 from stadapter.model import build_model, cast_frozen, trainable_parameters
 
@@ -38,7 +38,7 @@ def test_with_gpus_the_default_is_the_papers_recipe_which_asks_for_its_data(
 
 def test_without_gpus_the_paper_recipe_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    options = cli._parser("Question?", "width", ["8"]).parse_args([])
+    options = flags.make_parser("Question?", "width", ["8"]).parse_args([])
     assert cli._num_gpus(options) == 0
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from stadapter.ablation import table, tune
-from stadapter.ablation.cli import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
+from stadapter.ablation.flags import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
 from stadapter.ablation.trial import load_sweep, records, sweep_folders
 from stadapter.config import ConfigError
 

@@ -8,6 +8,7 @@ only result: Tune's own results are not read, so a driver that dies loses nothin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -26,6 +27,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_DISABLE_SIGINT_HANDLER="1",
     TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
 )
 
@@ -34,12 +36,16 @@ if os.environ.get("STADAPTER_CACHE"):  # Tune gives every trial a working direct
 
 import ray
 import torch
+import torch.distributed as dist
 from ray import tune
 
 import stadapter
 from stadapter import record
+from stadapter.ablation import lock
+from stadapter.ablation.stopping import GentleStop, watch
 from stadapter.ablation.trial import Trial
 from stadapter.config import ConfigError, Recipe
+from stadapter.running import Stopped
 from stadapter.train import Operation, World, train
 
 REACH_TIMEOUT_S = 5.0
@@ -54,6 +60,7 @@ class Resources:
     num_gpus: int = 0
     processes_per_trial: int = 1  # data parallel; with GPUs, each process has one
     cpus_per_process: int = 1
+    trials_per_gpu: int = 1  # small trials that share a GPU; with processes_per_trial 1 only
     address: str | None = None  # of a running cluster; None: start Ray on this machine
     dashboard_port: int | None = None
     decode_on_cluster: bool = False  # a CPU at least stays free of trials
@@ -65,6 +72,13 @@ def join_cluster(address: str) -> int:
         _check_reachable(address)
         _init(address, address=address, runtime_env={"py_modules": [stadapter]})
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def cores_per_gpu() -> int:
+    """Of the cluster that was joined: CPU cores for each GPU on the node that has the fewest."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    shares = [int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU", 0)]
+    return max(1, min(shares, default=1))
 
 
 def _check_reachable(address: str) -> None:
@@ -138,46 +152,63 @@ class Cluster:
         cpus = int(ray.cluster_resources()["CPU"]) - wanted.decode_on_cluster
         at_once = cpus // (wanted.processes_per_trial * wanted.cpus_per_process)
         if wanted.num_gpus:
-            at_once = min(at_once, wanted.num_gpus // wanted.processes_per_trial)
+            at_once = min(at_once, wanted.num_gpus * wanted.trials_per_gpu // wanted.processes_per_trial)
         return max(1, at_once)
 
 
-def run_trials(cluster: Cluster, trials: Sequence[Trial], output: Path, operation: Operation, on_event: Event) -> None:
-    """Run the trials, each in its folder under `output`. A failed one leaves error.txt there and costs no other.
+def run_trials(
+    cluster: Cluster,
+    trials: Sequence[Trial],
+    output: Path,
+    operation: Operation,
+    on_event: Event,
+    stop: GentleStop | None = None,
+    command: str = "",
+) -> None:
+    """Run the trials, each once, each in its folder under `output`. One that fails costs no other.
 
-    `on_event` is called in this process with "started", "epoch" (and its metrics), "finished" or "failed" (and the
-    `message`). Returns when all have ended, or early and quietly after Ctrl-C.
+    `on_event` is called in this process with "started", "epoch" (and its metrics) and how the trial ended: "finished",
+    "failed" (and the `message`; the folder has error.txt), "stopped" or "busy" (another process writes the folder; the
+    `message` says which). Returns when all have ended. Where `stop` asks for it, running trials write a checkpoint and
+    the others do not start. `command` is what another launch that meets these trials is told.
     """
     resources = cluster.resources
     folders = [trial.folder(output).resolve() for trial in trials]
     recipes = [trial.recipe for trial in trials]
+    stop_file = stop.file.resolve() if stop else None
     several = resources.processes_per_trial > 1
 
     def run(config: dict[str, int]) -> None:
         recipe, folder = recipes[config["trial"]], folders[config["trial"]]
-        (folder / ERROR).unlink(missing_ok=True)
+        ended, message = "stopped", ""
         try:
-            if several:
-                _train_in_several_processes(recipe, folder, operation, resources)
-            else:
-                train_here(recipe, folder, operation, resources)
+            if stop_file is None or not stop_file.exists():
+                training = _train_in_several_processes if several else train_here
+                training(recipe, folder, operation, resources, stop_file=stop_file, wait=False, command=command)
+                ended = "finished"
+        except Stopped:
+            pass
+        except lock.Busy as error:
+            ended, message = "busy", str(error)
         except Exception as error:  # whatever it is, it is this trial's: told in its folder, and the others go on
             write_error(folder, error)
             if resources.num_gpus and "CUDA error" in str(error):
                 raise  # the process cannot use its GPU again: Tune starts another for the next trial
+            ended, message = "failed", last_line(folder / ERROR)
+        tune.report({"ended": ended, "message": message})
 
     if several:
         # Any cluster's head has this resource; a tiny share places the waiting function there, without a CPU.
         share: dict[str, float] = {"cpu": 0, "node:__internal_head__": 0.001}
     else:
-        share = {"cpu": resources.cpus_per_process, "gpu": 1 if resources.num_gpus else 0}
+        share = {"cpu": resources.cpus_per_process, "gpu": 1 / resources.trials_per_gpu if resources.num_gpus else 0}
     with tempfile.TemporaryDirectory(prefix="stadapter-tune-") as scratch:
         tune.Tuner(
             tune.with_resources(run, share),
             param_space={"trial": tune.grid_search(list(range(len(trials))))},
             tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=cluster.trials_at_once()),
             run_config=tune.RunConfig(
-                name="sweep", storage_path=scratch, verbose=0, callbacks=[_Events(trials, folders, on_event)]
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[_Events(trials, folders, on_event, stop)]
             ),
         ).fit()
 
@@ -185,22 +216,30 @@ def run_trials(cluster: Cluster, trials: Sequence[Trial], output: Path, operatio
 class _Events(tune.Callback):
     """Tune's callbacks as events of the sweep."""
 
-    def __init__(self, trials: Sequence[Trial], folders: Sequence[Path], on_event: Event) -> None:
-        self.trials, self.folders, self.on_event = trials, folders, on_event
+    def __init__(
+        self, trials: Sequence[Trial], folders: Sequence[Path], on_event: Event, stop: GentleStop | None
+    ) -> None:
+        self.trials, self.folders, self.on_event, self.stop = trials, folders, on_event, stop
+        self.ended: dict[int, tuple[str, str]] = {}
+
+    def setup(self, *arguments: Any, **info: Any) -> None:
+        if self.stop is not None:
+            self.stop.listen()  # Tune has just taken SIGUSR1
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.on_event("started", self.trials[trial.config["trial"]], {})
+        if self.stop is None or not self.stop.asked:
+            self.on_event("started", self.trials[trial.config["trial"]], {})
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        if "epoch" in result:
+        if "ended" in result:
+            self.ended[trial.config["trial"]] = result["ended"], result["message"]
+        elif "epoch" in result:
             self.on_event("epoch", self.trials[trial.config["trial"]], result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
-        if (self.folders[number] / record.RESULT).exists():
-            self.on_event("finished", self.trials[number], {})
-        else:
-            self.on_event("failed", self.trials[number], {"message": last_line(self.folders[number] / ERROR)})
+        kind, message = self.ended[number]
+        self.on_event(kind, self.trials[number], {"message": message})
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
@@ -209,25 +248,68 @@ class _Events(tune.Callback):
         self.on_event("failed", self.trials[number], {"message": message})
 
 
-def train_here(recipe: Recipe, folder: Path, operation: Operation, resources: Resources) -> None:
-    """Train in this process, a Tune function's, and report every epoch to Tune."""
+def train_here(
+    recipe: Recipe,
+    folder: Path,
+    operation: Operation,
+    resources: Resources,
+    *,
+    stop_file: Path | None = None,
+    wait: bool = True,
+    command: str = "",
+) -> None:
+    """Train in this process, a Tune function's, as the folder's only writer, and report every epoch to Tune.
+
+    Where another process writes the folder: waits for its end, or without `wait` raises Busy. Raises Stopped once
+    there is a `stop_file`.
+    """
     torch.set_num_threads(resources.cpus_per_process)
-    device = torch.device("cuda" if resources.num_gpus else "cpu")
-    train(recipe, folder, operation, World(device=device), on_epoch=lambda metrics: tune.report(metrics))
+    world = World(device=torch.device("cuda" if resources.num_gpus else "cpu"))
+    should_stop = watch(stop_file) if stop_file else None
+    with lock.writing(folder, command, wait=wait):
+        (folder / ERROR).unlink(missing_ok=True)
+        train(recipe, folder, operation, world, lambda metrics: tune.report(metrics), should_stop=should_stop)
     if resources.num_gpus:
         torch.cuda.empty_cache()  # the next trial in this process starts with an empty GPU
 
 
-def _train_in_several_processes(recipe: Recipe, folder: Path, operation: Operation, resources: Resources) -> None:
+def _train_in_several_processes(
+    recipe: Recipe,
+    folder: Path,
+    operation: Operation,
+    resources: Resources,
+    *,
+    stop_file: Path | None,
+    wait: bool,
+    command: str,
+) -> None:
     from ray import train as ray_train
     from ray.train.torch import TorchConfig, TorchTrainer, get_device
     from ray.tune.integration.ray_train import TuneReportCallback
+
+    if not wait and (owner := lock.owner_of(folder)):  # before Ray Train writes what it keeps there
+        raise lock.Busy(f"{folder.name} is being written by {owner}")
 
     def worker(config: dict[str, Any]) -> None:
         context = ray_train.get_context()
         torch.set_num_threads(resources.cpus_per_process)
         world = World(context.get_world_rank(), context.get_world_size(), get_device())
-        train(recipe, folder, operation, world, on_epoch=lambda metrics: ray_train.report(metrics))
+        should_stop = watch(stop_file) if stop_file else None
+        with contextlib.ExitStack() as held:
+            busy = [False]
+            if world.rank == 0:  # the one that writes
+                try:
+                    held.enter_context(lock.writing(folder, command, wait=wait))
+                    (folder / ERROR).unlink(missing_ok=True)
+                except lock.Busy:
+                    busy = [True]
+            dist.broadcast_object_list(busy, device=world.device)
+            if busy[0]:
+                return
+            with contextlib.suppress(Stopped):
+                train(
+                    recipe, folder, operation, world, lambda metrics: ray_train.report(metrics), should_stop=should_stop
+                )
 
     per_worker = {"CPU": resources.cpus_per_process} | ({"GPU": 1} if resources.num_gpus else {})
     TorchTrainer(
@@ -245,6 +327,11 @@ def _train_in_several_processes(recipe: Recipe, folder: Path, operation: Operati
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # is one; Ray types its base loosely
         ),
     ).fit()
+    # Workers return without a word when they were stopped, and when another process had the folder.
+    if not (folder / record.RESULT).exists():
+        if stop_file is not None and stop_file.exists():
+            raise Stopped
+        raise lock.Busy(f"{folder.name} was being written by {lock.owner_of(folder) or 'another process'}")
 
 
 def write_error(folder: Path, error: Exception) -> None:

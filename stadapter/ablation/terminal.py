@@ -35,6 +35,8 @@ class Terminal:
 
     def starting(self, trials: int, at_once: int, resources: Resources, output: Path) -> None:
         on = f"{resources.num_gpus} GPUs" if resources.num_gpus else "the CPU"
+        if resources.trials_per_gpu > 1:
+            on += f", {resources.trials_per_gpu} on each"
         shared = f", {resources.processes_per_trial} processes each" if resources.processes_per_trial > 1 else ""
         self.say(f"running {trials} on {on}, {at_once} at a time{shared}; kept in {output}\n")
 
@@ -57,8 +59,15 @@ class Terminal:
                 text += f"  ({bad})"
         else:
             self.running.pop(trial.id, None)
-            self.failed += 1
-            text = details["message"]
+            text = details["message"] + ("; to be tried again" if details.get("again") else "")
+        self._line(kind, trial, text)
+
+    def gave_up(self, trial: Trial, failures: int, why: str) -> None:
+        self.failed += 1
+        times = f"{failures} times" if failures > 1 else "once"
+        self._line("given up", trial, f"failed {times}, the last time: {why}")
+
+    def _line(self, kind: str, trial: Trial, text: str) -> None:
         self.say(f"{self._clock()}  {kind:<8}  {trial.name:<{self.width}}  {text}".rstrip())
 
     def say(self, text: str) -> None:

@@ -1,0 +1,151 @@
+"""What the output folder says about each trial: done, resumable, failed so many times, or still to do.
+
+Nothing here starts anything; reading a thousand trials takes a second.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stadapter import record
+from stadapter.ablation import lock
+from stadapter.ablation.trial import SWEEP, Sweep, Trial
+from stadapter.config import ConfigError
+
+FAILURES = "failures.json"  # in a trial's folder: how often it failed, under which --max-failures, and why last
+TABLES = ("table.txt", "table.md", "table.csv")
+
+
+@dataclass(frozen=True)
+class Failures:
+    count: int = 0
+    allowed: int | None = None  # the --max-failures that it was counted under: another value starts anew
+    last: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trial and what there is of it."""
+
+    trial: Trial
+    result: dict[str, Any] | None
+    epochs: int  # recorded so far
+    resumable: bool  # there is a checkpoint
+    failures: Failures
+    owner: lock.Owner | None
+
+    @property
+    def status(self) -> str:
+        if self.result is not None:
+            return "done"
+        if self.owner is not None:
+            return f"running in {self.owner}"
+        failed = f"failed {self.failures.count} times" if self.failures.count > 1 else "failed once"
+        state = f"resumable ({self.epochs} of {self.trial.recipe.optim.epochs} epochs done)" if self.resumable else ""
+        return ", ".join(part for part in (failed if self.failures.count else "", state) if part) or "to do"
+
+
+def entry(trial: Trial, output: Path) -> Entry:
+    folder = trial.folder(output)
+    result = record.read_result(folder)
+    if result is not None:
+        return Entry(trial, result, trial.recipe.optim.epochs, False, Failures(), None)
+    if not folder.exists():
+        return Entry(trial, None, 0, False, Failures(), lock.owner_of(folder))
+    resumable = (folder / record.CHECKPOINT).exists()
+    epochs = len(record.read_metrics(folder))
+    return Entry(trial, None, epochs, resumable, read_failures(folder), lock.owner_of(folder))
+
+
+def read_failures(folder: Path) -> Failures:
+    path = folder / FAILURES
+    return Failures(**json.loads(path.read_text())) if path.exists() else Failures()
+
+
+def count_failure(folder: Path, allowed: int, why: str) -> Failures:
+    """One more failure of the trial."""
+    before = read_failures(folder)
+    failures = Failures((before.count if before.allowed == allowed else 0) + 1, allowed, why)
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_json(folder / FAILURES, failures.__dict__)
+    return failures
+
+
+def exhausted(folder: Path, allowed: int) -> bool:
+    """Whether the trial has failed as often as it may."""
+    failures = read_failures(folder)
+    return failures.allowed == allowed and failures.count >= allowed
+
+
+def select(trials: Sequence[Trial], words: Sequence[str] | None) -> list[Trial]:
+    """The trials whose name (`kernel 3x3x3 seed 0`) holds any of the words; `seed 1` is not in `seed 10`."""
+    if not words:
+        return list(trials)
+    chosen: set[str] = set()
+    for word in words:
+        pattern = re.compile(rf"(?<!\d){re.escape(word.strip())}(?!\d)")
+        found = {trial.id for trial in trials if pattern.search(trial.name)}
+        if not found or not word.strip():
+            names = [trial.name for trial in trials]
+            shown = ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")
+            raise ConfigError(f"--only '{word}': no trial of this sweep has that in its name; there are {shown}")
+        chosen |= found
+    return [trial for trial in trials if trial.id in chosen]
+
+
+def set_aside(trials: Sequence[Trial], output: Path) -> list[Path]:
+    """Make finished trials ones to do: their folders move to <output>/replaced, and failures are forgotten.
+
+    Nothing is moved where one of them is being written: ConfigError.
+    """
+    for trial in trials:
+        if owner := lock.owner_of(trial.folder(output)):
+            raise ConfigError(f"--force: {trial.name} is being trained by {owner}; wait for its end, or stop it")
+    moved = []
+    for trial in trials:
+        folder = trial.folder(output)
+        if not folder.exists():
+            continue
+        try:
+            with lock.writing(folder):
+                (folder / FAILURES).unlink(missing_ok=True)
+                if (folder / record.RESULT).exists():
+                    moved.append(_move_aside(folder, output))
+        except lock.Busy as error:
+            raise ConfigError(f"--force: {trial.name}: {error}; wait for its end, or stop it") from None
+    return moved
+
+
+def keep_tables(before: Sweep, now: Sweep, output: Path) -> Path | None:
+    """Copy the tables of a sweep aside if the next ones lack trials of theirs; returns where they are then."""
+    left_out = {trial.id for trial in before.trials} - {trial.id for trial in now.trials}
+    folder = now.folder(output)
+    files = [folder / name for name in (SWEEP, *TABLES) if (folder / name).exists()]
+    if not left_out or len(files) < 2:
+        return None
+    kept = _free_name(output, folder.name)
+    kept.mkdir(parents=True)
+    for file in files:
+        record.write_atomically(kept / file.name, file.read_bytes())
+    return kept
+
+
+def _move_aside(folder: Path, output: Path) -> Path:
+    target = _free_name(output, folder.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(folder, target)
+    return target
+
+
+def _free_name(output: Path, name: str) -> Path:
+    target = output / "replaced" / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    while target.exists():
+        target = target.with_name(target.name + "+")
+    return target

@@ -1,0 +1,291 @@
+"""What is done is never done again, what failed is tried again so often, and no two processes write one trial."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import made_up
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stadapter import record
+from stadapter.ablation import ledger, lock
+from stadapter.ablation.stopping import GentleStop, watch
+from stadapter.ablation.trial import Arm, make_sweep
+from stadapter.config import ConfigError, Recipe, identity, replace
+from stadapter.train import Operation, train
+
+ROOT = Path(__file__).parent.parent
+KERNEL = str(ROOT / "experiments" / "ablate_kernel.py")
+
+
+def words(flags: list[str], output: Path, *more: str) -> list[str]:
+    flags = ["--recipe", "embedded", *flags, "--num-gpus", "0", "--output", str(output), "--tracking-uri", "none"]
+    return [sys.executable, KERNEL, *flags, *more]
+
+
+def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def ids(output: Path) -> set[str]:
+    return {path.parent.name for path in output.glob("trials/*/result.json")}
+
+
+# --- which trials
+
+
+def test_only_chooses_trials_by_words_in_their_names() -> None:
+    trials = made_up.kernel_sweep(12).trials
+    assert {t.name for t in ledger.select(trials, ["kernel 1x3x3 seed 1"])} == {"kernel 1x3x3 seed 1"}  # not seed 11
+    assert len(ledger.select(trials, ["seed 1"])) == 4
+    assert len(ledger.select(trials, ["kernel 3x3x3", "seed 0"])) == 12 + 3
+    assert len(ledger.select(trials, None)) == 48
+    with pytest.raises(ConfigError, match="--only 'kernel 9': no trial of this sweep has that in its name; there are"):
+        ledger.select(trials, ["kernel 9"])
+
+
+def test_force_keeps_the_old_record_and_forgets_failures(tmp_path: Path) -> None:
+    sweep = made_up.kernel_sweep(1)
+    made_up.write(sweep, tmp_path, made_up.KERNEL, leave_out=1)
+    ledger.count_failure(sweep.trials[1].folder(tmp_path), 2, "it broke")
+    before = record.read_result(sweep.trials[0].folder(tmp_path))
+    (moved,) = ledger.set_aside(sweep.trials[:2], tmp_path)
+    assert record.read_result(moved) == before
+    assert not sweep.trials[0].folder(tmp_path).exists()
+    assert ledger.read_failures(sweep.trials[1].folder(tmp_path)).count == 0
+    assert ledger.entry(sweep.trials[2], tmp_path).status == "done"
+
+
+def test_failures_are_counted_over_launches_and_anew_under_another_limit(tmp_path: Path) -> None:
+    ledger.count_failure(tmp_path, 2, "first")
+    assert not ledger.exhausted(tmp_path, 2)
+    ledger.count_failure(tmp_path, 2, "second")
+    assert ledger.exhausted(tmp_path, 2)
+    assert not ledger.exhausted(tmp_path, 3)
+    assert ledger.count_failure(tmp_path, 3, "third") == ledger.Failures(1, 3, "third")
+
+
+def test_tables_of_other_arms_are_kept_aside_and_those_of_more_seeds_are_not(tmp_path: Path) -> None:
+    sweep = made_up.kernel_sweep(2)
+    made_up.write(sweep, tmp_path, made_up.KERNEL)
+    (sweep.folder(tmp_path) / "table.txt").write_text("numbers")
+    fewer = make_sweep("kernel", "?", sweep.recipe, sweep.arms[:2], 2)
+    kept = ledger.keep_tables(sweep, fewer, tmp_path)
+    assert kept is not None and (kept / "table.txt").read_text() == "numbers"
+    assert ledger.keep_tables(sweep, made_up.kernel_sweep(3), tmp_path) is None
+
+
+# --- one writer
+
+
+HOLD = "import sys, time, pathlib\nfrom stadapter.ablation import lock\n"
+HOLD += (
+    "with lock.writing(pathlib.Path(sys.argv[1]), 'the other'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """A trial's folder that another process writes."""
+    folder = tmp_path / "trials" / "abc"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    yield folder, other
+    other.kill()
+    other.communicate()
+
+
+def test_a_second_writer_is_told_who_the_first_is(held: tuple[Path, subprocess.Popen[str]]) -> None:
+    folder, other = held
+    told = rf"abc is being written by process {other.pid} on .* \(the other\)"
+    with pytest.raises(lock.Busy, match=told), lock.writing(folder):
+        pass
+    assert lock.owner_of(folder) is not None
+
+
+def test_a_writer_that_was_killed_blocks_nobody(held: tuple[Path, subprocess.Popen[str]]) -> None:
+    folder, other = held
+    other.kill()
+    other.wait()
+    assert lock.owner_of(folder) is None
+    with lock.writing(folder):
+        owner = lock.owner_of(folder)
+        assert owner is not None and owner.pid == os.getpid()
+    assert lock.owner_of(folder) is None
+
+
+def test_a_live_owner_on_another_machine_is_left_alone_until_it_falls_silent(tmp_path: Path) -> None:
+    folder = tmp_path / "trials" / "abc"
+    path = tmp_path / "locks" / "abc.owner"
+    path.parent.mkdir()
+    record.write_json(path, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
+    with pytest.raises(lock.Busy, match="process 1 on node7"), lock.writing(folder):
+        pass
+    silent = time.time() - 2 * lock.SILENT_S
+    os.utime(path, (silent, silent))
+    with lock.writing(folder):
+        pass
+
+
+# --- asking for an end
+
+
+def test_the_first_signal_asks_for_an_end_and_the_second_ends(tmp_path: Path, capfd: Any) -> None:
+    with GentleStop(tmp_path) as stop:
+        look = watch(stop.file)
+        assert not look()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.asked and stop.file.exists()
+        assert watch(stop.file)()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert not stop.file.exists()
+    assert "once more to stop at once" in capfd.readouterr().out
+
+
+# --- whole sweeps
+
+
+@pytest.fixture(scope="module")
+def slow_flags(tiny_flags: list[str]) -> list[str]:
+    return [*tiny_flags, "--set", "optim.epochs=40", "--values", "1", "3", "--seeds", "1", "--checkpoint-every", "0"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_recipe: Recipe, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same two trials, trained one after the other in this process."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    torch.set_num_threads(1)
+    for extent in (1, 3):
+        fields = {"optim.epochs": 40, "adapter.kernel_size": (extent, 3, 3)}
+        recipe = replace(tiny_recipe, **fields)
+        train(recipe, output / "trials" / identity(recipe), Operation(data_root=clip_folder))
+    return output
+
+
+def assert_same_trials(output: Path, undisturbed: Path) -> None:
+    """Every trial finished, with bitwise the weights and metrics of a sweep that nothing happened to."""
+    assert ids(output) == ids(undisturbed) and len(ids(output)) == 2
+    for trial in ids(output):
+        mine, expected = (record.read_result(folder / "trials" / trial) for folder in (output, undisturbed))
+        assert mine is not None and expected is not None and mine["metrics"] == expected["metrics"]
+        tensors = [load_file(folder / "trials" / trial / record.TRAINED) for folder in (output, undisturbed)]
+        assert all(tensors[0][name].equal(tensor) for name, tensor in tensors[1].items())
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not happened():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"it did not happen: {process.communicate()}")
+        time.sleep(0.02)
+
+
+def test_a_sweep_survives_kill_9_of_a_trial_and_of_the_driver_and_ctrl_c(
+    slow_flags: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    """One sweep, three faults, one after the other: every trial ends once, as if nothing had happened."""
+    command = words(slow_flags, tmp_path)
+
+    def begin(log: Path) -> subprocess.Popen[str]:
+        with open(log, "w") as file:
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, text=True)
+
+    # A trial's process dies: the same launch tries the trial again. Then the driver dies.
+    log = tmp_path / "first.log"
+    process = begin(log)
+    wait_for(process, lambda: len(list(tmp_path.glob("trials/*/checkpoint.previous.pt"))) == 2)
+    owner = sorted(tmp_path.glob("locks/*.owner"))[0]
+    os.kill(json.loads(owner.read_text())["pid"], signal.SIGKILL)
+    wait_for(process, lambda: "its process died (out of memory, or killed); to be tried again" in log.read_text())
+    wait_for(process, lambda: log.read_text().count("started ") == 3)
+    process.kill()
+    process.communicate()
+
+    # Ctrl-C: the trials write a checkpoint, and the message says how to go on.
+    log = tmp_path / "second.log"
+    process = begin(log)
+    wait_for(process, lambda: "started " in log.read_text())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    said = log.read_text()
+    assert process.returncode == 130, said + err
+    assert "stopping: every trial that runs writes a checkpoint first" in said
+    assert "This continues them from their checkpoints:" in said
+
+    done = launch(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_trials(tmp_path, undisturbed)
+
+
+def test_a_trial_that_failed_as_often_as_it_may_is_given_up(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--values", "3", "--seeds", "1"]
+    planned = launch(words(flags, tmp_path, "--plan"))
+    (trial,) = {line.split()[4] for line in planned.stdout.splitlines() if line.startswith("  kernel")}
+    for _ in range(2):
+        ledger.count_failure(tmp_path / "trials" / trial, 2, "the loss became nan")
+    assert "failed 2 times" in launch(words(flags, tmp_path, "--plan")).stdout
+    done = launch(words(flags, tmp_path))
+    assert done.returncode == 1
+    assert "given up  kernel 3x3x3 seed 0  failed 2 times, the last time: the loss became nan" in done.stdout
+    assert "started" not in done.stdout
+    assert "They failed 2 times each, and are left alone until --force or another" in done.stdout
+
+
+def test_two_launches_of_one_sweep_at_once_train_every_trial_once(
+    slow_flags: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    command = words(slow_flags, tmp_path)
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert_same_trials(tmp_path, undisturbed)
+    for trial in ids(tmp_path):
+        result = record.read_result(tmp_path / "trials" / trial)
+        assert result is not None and result["launches"] == 1
+
+
+def test_a_finished_sweep_of_60_trials_is_answered_without_torch_or_ray(tmp_path: Path) -> None:
+    seeds = 15
+    sweep = made_up.kernel_sweep(seeds)
+    made_up.write(sweep, tmp_path, made_up.KERNEL)
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{KERNEL}', '--recipe', 'embedded', '--num-gpus', '0', '--seeds', '{seeds}', "
+        f"'--output', '{tmp_path}', '--tracking-uri', 'none']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    assert 'ray' not in sys.modules and 'torch' not in sys.modules, 'heavy'\n"
+    )
+    from stadapter.data.annotations import load_clips
+
+    for trial in sweep.trials:  # made up, but for the clips: those are checked
+        path = trial.folder(tmp_path) / record.RESULT
+        result = json.loads(path.read_text())
+        for split in ("train", "test"):
+            clips = load_clips(replace(trial.recipe, seed=0).data, None, split)
+            result["data"][split] = {"fingerprint": clips.fingerprint(), "clips": len(clips)}
+        record.write_json(path, result)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "60 trials, 60 finished before" in done.stdout
+
+
+def test_more_arms_or_seeds_run_only_what_is_new(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    arms = [Arm("one", {}), Arm("two", {"adapter.bottleneck_width": 4})]
+    first, second = (make_sweep("s", "?", tiny_recipe, arms[:n], n) for n in (1, 2))
+    assert {trial.id for trial in first.trials} < {trial.id for trial in second.trials}
