@@ -63,9 +63,7 @@ class Cost:
 
 def cost_of(recipe: Recipe) -> Cost:
     """ConfigError if the recipe's model cannot be built; no weights are read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about dead adapters: whoever builds the model to use it is told
-        model = build_model(recipe, device="meta")
+    model = meta_model(recipe)
     return Cost(
         trainable_params=_count(trainable_parameters(model).values()),
         total_params=_count(model.parameters()),
@@ -74,6 +72,13 @@ def cost_of(recipe: Recipe) -> Cost:
         head_params=_count(model.head.parameters()),
         macs_per_view=macs_per_view(model, recipe),
     )
+
+
+def meta_model(recipe: Recipe) -> VideoClassifier:
+    """The recipe's model without weights, to count on. ConfigError if it cannot be built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about dead adapters: whoever builds the model to use it is told
+        return build_model(recipe, device="meta")
 
 
 def macs_per_view(model: VideoClassifier, recipe: Recipe) -> int:

@@ -127,7 +127,7 @@ class VideoClassifier(nn.Module):
     def forward_normalised(self, pixels_BTCHW: Tensor, head_keep_BD: Tensor | None = None) -> Tensor:
         """As `forward`, for float pixels that are normalised already."""
         B, T = pixels_BTCHW.shape[:2]
-        x_MSD = self._blocks(pixels_BTCHW.flatten(0, 1), T)
+        x_MSD = self.run_blocks(pixels_BTCHW.flatten(0, 1), T)
         # In float32 whatever the precision: it costs nothing here, and a mean and a loss want the digits.
         with torch.autocast(x_MSD.device.type, enabled=False):
             cls_BTD = x_MSD[:, 0].float().view(B, T, -1)
@@ -140,9 +140,9 @@ class VideoClassifier(nn.Module):
                 features_BD = features_BD * head_keep_BD
             return self.head(features_BD)
 
-    def _blocks(self, pixels_MCHW: Tensor, num_frames: int) -> Tensor:
+    def run_blocks(self, pixels_MCHW: Tensor, num_frames: int) -> Tensor:
         """Normalised pixels -> tokens after the last block, before the final norm: all if they are pooled, else CLS."""
-        first, last = self._first_trained_block(), len(self.vit.blocks) - 1
+        first, last = self.first_trained_block(), len(self.vit.blocks) - 1
         with _graph_if(first < 0):
             x_MSD = self.vit.embed(pixels_MCHW)
         # What CLS gathers from the patches in an adapter of somebody's own is not known: then all tokens are computed.
@@ -181,7 +181,7 @@ class VideoClassifier(nn.Module):
             x_MSD = behind["parallel"](input_MSD[:, :S], num_frames, onto_MSD=x_MSD)
         return x_MSD
 
-    def _first_trained_block(self) -> int:
+    def first_trained_block(self) -> int:
         """The lowest block with a trained parameter in or around it; -1: below the blocks; depth: none."""
         blocks = {len(self.vit.blocks)}
         for name, _ in trainable_parameters(self).items():
