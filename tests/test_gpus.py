@@ -58,6 +58,20 @@ def test_trials_at_once_are_what_the_gpus_hold(per_trial: int, at_once: int, mon
     assert Cluster(Resources(num_gpus=8, processes_per_trial=per_trial, cpus_per_process=8)).trials_at_once() == at_once
 
 
+def test_small_trials_share_a_gpu_and_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 8.0})
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    options = flags.make_parser("Question?", "width", ["8"]).parse_args(["--num-gpus", "8", "--trials-per-gpu", "4"])
+    resources = cli._resources(options, num_gpus=8)
+    assert resources.cpus_per_process == 2
+    assert Cluster(resources).trials_at_once() == 32
+
+
+def test_trials_that_share_a_gpu_cannot_have_several(eight_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exits("--trials-per-gpu", "2", "--gpus-per-trial", "2") == 2
+    assert "--trials-per-gpu 2: not together with --gpus-per-trial 2" in capsys.readouterr().err
+
+
 def test_few_cores_hold_fewer_trials_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 8.0})
     assert Cluster(Resources(num_gpus=8, cpus_per_process=1)).trials_at_once() == 4
