@@ -17,13 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stadapter import record
+from stadapter import checkpointing, record
 from stadapter.ablation import ledger, lock
 from stadapter.ablation.stopping import GentleStop, watch
 from stadapter.ablation.trial import Arm, make_sweep
 from stadapter.config import ConfigError, Recipe, identity, replace
 from stadapter.train import Operation, train
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 KERNEL = str(ROOT / "experiments" / "ablate_kernel.py")
 
@@ -193,10 +194,10 @@ def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> No
         time.sleep(0.02)
 
 
-def test_a_sweep_survives_kill_9_of_a_trial_and_of_the_driver_and_ctrl_c(
+def test_a_sweep_survives_kill_9_of_a_trial_and_of_the_driver_ctrl_c_and_two_launches_at_once(
     slow_flags: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """One sweep, three faults, one after the other: every trial ends once, as if nothing had happened."""
+    """One sweep, four faults, one after the other: every trial ends once, as if nothing had happened."""
     command = words(slow_flags, tmp_path)
 
     def begin(log: Path) -> subprocess.Popen[str]:
@@ -225,9 +226,17 @@ def test_a_sweep_survives_kill_9_of_a_trial_and_of_the_driver_and_ctrl_c(
     assert "stopping: every trial that runs writes a checkpoint first" in said
     assert "This continues them from their checkpoints:" in said
 
-    done = launch(command)
-    assert done.returncode == 0, done.stdout + done.stderr
+    # Two launches at once: each trial goes on in one of them, and the other waits for it.
+    finished = ids(tmp_path)
+    states = {path.name: checkpointing.load(path, CPU) for path in tmp_path.glob("trials/*")}
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both_said = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], both_said
     assert_same_trials(tmp_path, undisturbed)
+    assert ids(tmp_path) > finished
+    for trial in ids(tmp_path) - finished:
+        result, state = record.read_result(tmp_path / "trials" / trial), states.get(trial)
+        assert result is not None and result["launches"] == (state["launches"] if state else 0) + 1
 
 
 def test_a_trial_that_failed_as_often_as_it_may_is_given_up(tiny_flags: list[str], tmp_path: Path) -> None:
@@ -242,22 +251,6 @@ def test_a_trial_that_failed_as_often_as_it_may_is_given_up(tiny_flags: list[str
     assert "given up  kernel 3x3x3 seed 0  failed 2 times, the last time: the loss became nan" in done.stdout
     assert "started" not in done.stdout
     assert "They failed 2 times each, and are left alone until --force or another" in done.stdout
-
-
-def test_two_launches_of_one_sweep_at_once_train_every_trial_once(
-    slow_flags: list[str], undisturbed: Path, tmp_path: Path
-) -> None:
-    command = words(slow_flags, tmp_path)
-    both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert_same_trials(tmp_path, undisturbed)
-    for trial in ids(tmp_path):
-        result = record.read_result(tmp_path / "trials" / trial)
-        assert result is not None and result["launches"] == 1
 
 
 def test_a_finished_sweep_of_60_trials_is_answered_without_torch_or_ray(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -230,20 +229,3 @@ def test_what_cls_gathers_in_an_own_adapter_reaches_the_logits(tmp_path: Path, t
 def test_an_own_arm_trains_in_a_plain_process(recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
     result = train(recipe, tmp_path, Operation(data_root=clip_folder))
     assert result["recipe"]["own.adapter"] == "TemporalAttentionAdapter"
-
-
-def test_the_example_runs_as_a_sweep(tiny_flags: list[str], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(IDEAS / "temporal_attention.py"),
-        "--recipe",
-        "embedded",
-        *tiny_flags,
-        "--seeds",
-        "1",
-    ]
-    command += ["--output", "runs", "--tracking-uri", "none", "--num-gpus", "0", "--set", "optim.epochs=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (table,) = (tmp_path / "runs").glob("sweeps/*/table.md")
-    assert all(f"| {arm} |" in table.read_text() for arm in ("convolution", "attention", "neither"))

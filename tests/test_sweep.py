@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -190,6 +191,22 @@ def test_a_trial_that_fails_says_why_and_costs_no_other(
     assert ends["broken"][0] == "failed"
     assert "the loss became" in ends["broken"][1]["message"]
     assert record.read_result(trials[0].folder(tmp_path)) is None
+
+
+def test_an_adapter_from_somebodys_file_trains_in_the_processes_of_a_sweep(
+    cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+) -> None:
+    path = Path(__file__).parent.parent / "docs" / "own_idea" / "temporal_attention.py"
+    spec = importlib.util.spec_from_file_location("temporal_attention", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["temporal_attention"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    trials = [
+        Trial(word, config.replace(tiny_recipe, **module.make_arm(tiny_recipe, word).fields)) for word in module.ARMS
+    ]
+    run_trials(Cluster(Resources()), trials, tmp_path, Operation(clip_folder), lambda *event: None)
+    results = [record.read_result(trial.folder(tmp_path)) for trial in trials]
+    assert [result and result["recipe"]["own.adapter"] for result in results] == ["", "TemporalAttentionAdapter", ""]
 
 
 def test_a_running_cluster_can_be_joined(cluster: Cluster, tiny_flags: list[str], tmp_path: Path) -> None:
