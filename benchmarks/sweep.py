@@ -1,114 +1,177 @@
-"""What the orchestration of a sweep costs: per trial, and to answer about a thousand trials that have finished.
+"""What a sweep costs beside its trainings: between two trials, when nothing is left to do, and with many trials.
 
     python -m benchmarks.sweep
 
-One-process trials on the embedded videos, one step each, on one CPU core: the wall time of many less that of few, less
-what the records say the training took, over their difference in number. The plain reference starts a process per trial.
+The trials train for a fraction of a second on 16 small clips. Between two trials is the time from one record's
+`finished` to the next one's `started`, all trials one after the other; the plain way is a process per trial
+(`python -m stadapter train`), and its cost is its time less what its record says the training took.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import datetime
+import io
+import itertools
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from stadapter import config, recipes, record
-from stadapter.ablation.sweep import Cluster, Resources, run_trials
-from stadapter.ablation.tracking import sync
-from stadapter.ablation.trial import Arm, Trial, make_sweep, records, save_sweep
-from stadapter.machine import device_name
-from stadapter.train import Operation, train
+from stadapter.ablation import ledger, table
+from stadapter.ablation.trial import Arm, Sweep, make_sweep, records, save_sweep
+from stadapter.config import Recipe
+from stadapter.data.annotations import load_clips
+from stadapter.data.embedded import MOTION_CLASSES, render_clip, write_mp4
 
-FEW, MANY = 2, 22
-THOUSAND = 1000
-TRIVIAL = {"optim.epochs": 1, "optim.warmup_epochs": 0.5, "optim.global_batch": 720, "adapter.blocks": (5,)}
-
-
-def main() -> None:
-    import torch
-
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        print(f"{device_name(torch.device('cpu'))}\n")
-        per_trial, reference = orchestration(place)
-        print(f"orchestration, seconds per trial after the first:  {per_trial:.3f}")
-        print(f"a process per trial, seconds besides its training: {reference:.1f}")
-        for what, seconds in thousand(place).items():
-            print(f"{THOUSAND} finished trials, {what}: {seconds:.1f} s")
+ROOT = Path(__file__).parent.parent
+RELAUNCHED, MANY = 60, 1000
+TINY: dict[str, Any] = {
+    "data.dataset": "folder",
+    "data.num_classes": 2,
+    "data.num_frames": 4,
+    "backbone.weights": "seed:0",
+    "adapter.bottleneck_width": 8,
+    "adapter.blocks": (4, 5),
+    "optim.epochs": 1,
+    "optim.warmup_epochs": 0.5,
+    "optim.global_batch": 4,
+}
 
 
-def orchestration(place: Path) -> tuple[float, float]:
-    """Seconds that a trial costs besides its training, on Ray and in a process of its own."""
-    base = config.replace(recipes.embedded, **TRIVIAL)
-    with Cluster(Resources()) as cluster:
-
-        def run(first: int, count: int) -> tuple[float, float]:
-            trials = [Trial("trivial", config.replace(base, seed=first + number)) for number in range(count)]
-            began = time.perf_counter()
-            run_trials(cluster, trials, place, Operation(), lambda *event: None)
-            wall_s = time.perf_counter() - began
-            results = [record.read_result(trial.folder(place)) for trial in trials]
-            slots = cluster.trials_at_once()
-            return wall_s, sum(result["seconds"] for result in results if result is not None) / slots
-
-        run(0, FEW)  # the first pays for the imports of its process
-        few_s, few_training_s = run(FEW, FEW)
-        many_s, many_training_s = run(2 * FEW, MANY)
-    per_trial = ((many_s - few_s) - (many_training_s - few_training_s)) / (MANY - FEW)
-    command = [sys.executable, "-m", "stadapter", "train", "--output", str(place / "alone")]
-    command += [word for path, value in TRIVIAL.items() for word in ("--set", f"{path}={_flag(value)}")]
-    began = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    alone_s = time.perf_counter() - began
-    result = record.read_result(place / "alone")
-    assert result is not None
-    return per_trial, alone_s - result["seconds"]
+def write_clips(root: Path) -> Path:
+    for split, count in (("train", 16), ("val", 4)):
+        for number in range(count):
+            motion = number % 2
+            folder = root / split / MOTION_CLASSES[motion]
+            folder.mkdir(parents=True, exist_ok=True)
+            index = motion + len(MOTION_CLASSES) * (number // 2)
+            write_mp4(folder / f"{number}.mp4", render_clip("train" if split == "train" else "val", index))
+    return root
 
 
-def thousand(place: Path) -> dict[str, float]:
-    """Seconds to answer about a thousand trials whose records are copies of one."""
-    recipe = config.replace(recipes.embedded, **TRIVIAL)
-    model = place / "model"
-    train(recipe, model, Operation())
-    result = record.read_result(model)
-    assert result is not None
-    output = place / "thousand"
-    arms = [Arm(f"width {width}", {"adapter.bottleneck_width": width}) for width in range(1, 101)]
-    sweep = make_sweep("width", "?", recipe, arms, THOUSAND // len(arms))
+def flags(clips: Path) -> list[str]:
+    values = {path: ",".join(map(str, v)) if isinstance(v, tuple) else v for path, v in TINY.items()}
+    overrides = [word for path, value in values.items() for word in ("--set", f"{path}={value}")]
+    return ["--recipe", "embedded", *overrides, "--data-root", str(clips)]
+
+
+def between_trials_s(clips: Path, output: Path, trials: int, recipe: Recipe) -> list[float]:
+    """Seconds between two trials of a sweep that runs one at a time."""
+    from stadapter.ablation.sweep import Cluster, Resources, run_trials
+    from stadapter.train import Operation
+
+    sweep = make_sweep("none", "?", recipe, [Arm("only", {})], trials)
+    with Cluster(Resources(cpus_per_process=os.cpu_count() or 1)) as cluster:
+        run_trials(cluster, sweep.trials, output, Operation(data_root=clips), lambda *event: None)
+    found = sorted((r for r in records(sweep, output) if r is not None), key=lambda result: result["started"])
+    assert len(found) == trials
+    return [after["started"] - before["finished"] for before, after in itertools.pairwise(found)]
+
+
+def process_per_trial_s(clips: Path, output: Path, trials: int) -> list[float]:
+    costs = []
+    for seed in range(trials):
+        command = [sys.executable, "-m", "stadapter", "train", *flags(clips), "--seed", str(seed)]
+        began = time.time()
+        subprocess.run([*command, "--output", str(output / str(seed))], check=True, capture_output=True)
+        took = time.time() - began
+        result = record.read_result(output / str(seed))
+        assert result is not None
+        costs.append(took - result["seconds"])
+    return costs
+
+
+def pretend_finished(sweep: Sweep, output: Path, result: dict[str, Any]) -> None:
+    """Copies of one real record, as if all trials of the sweep had finished."""
+    sweep.folder(output).mkdir(parents=True)
+    save_sweep(sweep, output)
     for trial in sweep.trials:
         folder = trial.folder(output)
         record.prepare_folder(folder, trial.recipe)
-        (folder / record.METRICS).write_bytes((model / record.METRICS).read_bytes())
-        copy = result | {"trial_id": trial.id, "recipe": config.flatten(trial.recipe)}
-        (folder / record.RESULT).write_text(json.dumps(copy))
-    sweep.folder(output).mkdir(parents=True)
-    save_sweep(sweep, output)
-    store = f"sqlite:///{place}/mlflow.db"
-    relaunch = [sys.executable, "experiments/ablate_width.py", "--recipe", "embedded", "--num-gpus", "0"]
-    relaunch += ["--output", str(output), "--tracking-uri", "none", "--seeds", str(THOUSAND // len(arms))]
-    relaunch += ["--values", *(str(width) for width in range(1, 101))]
-    relaunch += [word for path, value in TRIVIAL.items() for word in ("--set", f"{path}={_flag(value)}")]
-    return {
-        "the same command again": _timed(lambda: subprocess.run(relaunch, check=True, capture_output=True)),
-        "reading the ledger": _timed(lambda: records(sweep, output)),
-        "copying them to MLflow": _timed(lambda: sync(sweep, output, store)),
-        "copying them to MLflow again": _timed(lambda: sync(sweep, output, store)),
-    }
+        (folder / record.RESULT).write_text(
+            json.dumps(result | {"trial_id": trial.id, "recipe": config.flatten(trial.recipe)})
+        )
+        epoch = {"epoch": 1, "step": 4, "time": result["finished"], "train_loss": 0.7, "val_top1": 50.0, "seconds": 1.0}
+        (folder / record.METRICS).write_text(json.dumps(epoch) + "\n")
 
 
-def _flag(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def relaunch_s(clips: Path, output: Path, recipe: Recipe, result: dict[str, Any], store: str) -> float:
+    """Of the command for a sweep of 60 trials that have all finished, the second time."""
+    seeds = RELAUNCHED // 4
+    arms = [Arm(f"kernel {k}x3x3", {"adapter.kernel_size": (k, 3, 3)}) for k in (1, 3, 5, 7)]
+    if not output.exists():
+        pretend_finished(make_sweep("kernel", "?", recipe, arms, seeds), output, result)
+    command = [sys.executable, str(ROOT / "experiments" / "ablate_kernel.py"), *flags(clips), "--seeds", str(seeds)]
+    command += ["--output", str(output), "--tracking-uri", store]
+    subprocess.run(command, check=True, capture_output=True)
+    began = time.time()
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"{RELAUNCHED} finished before" in said
+    return time.time() - began
 
 
-def _timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def many_trials_s(output: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, float]:
+    """Of what is done with a thousand finished trials."""
+    from stadapter.ablation.__main__ import main
+    from stadapter.ablation.tracking import sync
+
+    arms = [Arm(f"width {width}", {"adapter.bottleneck_width": width}) for width in range(1, 101)]
+    sweep = make_sweep("width", "?", recipe, arms, MANY // 100)
+    pretend_finished(sweep, output, result)
+    took = {}
+    began = time.time()
+    assert all(ledger.entry(trial, output).status == "done" for trial in sweep.trials)
+    took["the ledger"] = time.time() - began
+    began = time.time()
+    table.to_text(sweep, records(sweep, output))
+    took["the table"] = time.time() - began
+    began = time.time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["table", "--output", str(output)])
+    took["`table`"] = time.time() - began
+    for what in ("`sync` into a new SQLite store", "`sync` again"):
+        began = time.time()
+        sync(sweep, output, f"sqlite:///{output}/mlflow.db")
+        took[what] = time.time() - began
+    return took
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--trials", type=int, default=12, metavar="N", help="that train (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    recipe = config.replace(recipes.embedded, **TINY)
+    rows: list[tuple[str, float, float | None]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch)
+        clips = write_clips(here / "clips")
+        gaps = between_trials_s(clips, here / "runs", options.trials, recipe)
+        plain = process_per_trial_s(clips, here / "plain", min(3, options.trials))
+        rows.append(("per trial: between two on Ray (median)", statistics.median(gaps), 0.2))
+        rows.append(("per trial: the longest such gap", max(gaps), None))
+        rows.append(("per trial: a process each (median)", statistics.median(plain), None))
+        result = record.read_result(here / "plain" / "0")
+        assert result is not None
+        assert record.fingerprints(result)["train"] == load_clips(recipe.data, clips, "train").fingerprint()
+        for store, name in (("none", "without MLflow"), (f"sqlite:///{here}/mlflow.db", "with MLflow")):
+            took = relaunch_s(clips, here / "done", recipe, result, store)
+            rows.append((f"{RELAUNCHED} finished trials, launched again {name}", took, 5))
+        for what, took in many_trials_s(here / "many", recipe, result).items():
+            rows.append((f"{MANY:,} finished trials: {what}", took, None))
+    print(f"{datetime.date.today()}, {options.trials} trials of {result['device']}\n")
+    print("| | seconds | target |\n|---|---:|---:|")
+    for what, took, target in rows:
+        print(f"| {what} | {took:.2f} | {'' if target is None else f'{target:g}'} |")
+    return int(any(target is not None and took > target for _, took, target in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
 from stadapter import config, machine, record
-from stadapter.ablation import mlflow_view
+from stadapter.ablation import lock, mlflow_view
 from stadapter.ablation.trial import Sweep, Trial, records
 
 # What a store that is away, full, locked or read-only raises (`requests` raises OSErrors). Anything else is a bug.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 _COSTS = ("trainable_params", "macs_per_view", "seconds", "cpu_seconds", "peak_memory_mib")
 _ARTIFACTS = (record.CONFIG, record.METRICS, record.TRAINED, record.RESULT)
+_MOST_METRICS = 800  # in a batch: MLflow takes 1,000 entries, parameters and tags counted in
 _PARENT, _NOTE = "mlflow.parentRunId", "mlflow.note.content"
 
 
@@ -57,6 +58,7 @@ class Store:
         self.runs: dict[str, str] = {}  # run ids by trial id, of the trials touched since
         self.logged: dict[str, set[int]] = {}  # epochs that the store has, by trial id
         self.failed: set[str] = set()  # trial ids whose runs bear an error
+        self.unlogged: dict[str, list[Param]] = {}  # parameters that go with the next batch, by run id
         arms = [arm.label for arm in sweep.arms]
         self.order = {trial.id: f"{arms.index(trial.arm):03d}-{trial.seed:03d}" for trial in sweep.trials}
 
@@ -127,25 +129,41 @@ class Store:
             name = f"{trial.arm} · seed {trial.seed}"
             run = self.client.create_run(self.experiment_id, _ms(began), tags, name)
         if not run.data.params:
-            params = [Param(path, value) for path, value in _params(trial.recipe).items()]
-            self.client.log_batch(run.info.run_id, params=params)
+            self.unlogged[run.info.run_id] = [Param(path, value) for path, value in _params(trial.recipe).items()]
         self.runs[trial.id] = run.info.run_id
         return self.runs[trial.id]
 
     def start_trial(self, trial: Trial) -> None:
         run_id = self.open_trial(trial)
+        self._log(run_id)
         if trial.id in self.known or trial.id in self.failed:
             self.client.update_run(run_id, status="RUNNING")
 
-    def log_epochs(self, trial: Trial) -> None:
-        run_id = self.open_trial(trial)
+    def _log(self, run_id: str, metrics: Sequence[Metric] = (), tags: Sequence[RunTag] = ()) -> None:
+        """All at once where a batch holds them: a database takes as long for one number as for a thousand."""
+        params = self.unlogged.get(run_id, [])
+        for start in range(0, len(metrics), _MOST_METRICS) or ([0] if params or tags else []):
+            batch = metrics[start : start + _MOST_METRICS]
+            last = start + _MOST_METRICS >= len(metrics)
+            self.client.log_batch(run_id, batch, params, tags if last else ())
+            params = []
+        self.unlogged.pop(run_id, None)
+
+    def _new_epochs(self, trial: Trial) -> list[Metric]:
+        found: list[Metric] = []
         for epoch in record.read_metrics(trial.folder(self.output)):
             if epoch["epoch"] not in self.logged[trial.id]:
                 values = {name: value for name, value in epoch.items() if name not in {"epoch", "step", "time"}}
                 if "seconds" in values:  # a trial has its own
                     values["epoch_seconds"] = values.pop("seconds")
-                self.client.log_batch(run_id, _metrics(values, _ms(epoch["time"]), epoch["epoch"]))
-                self.logged[trial.id].add(epoch["epoch"])
+                found += _metrics(values, _ms(epoch["time"]), epoch["epoch"])
+        return found
+
+    def log_epochs(self, trial: Trial) -> None:
+        run_id = self.open_trial(trial)
+        metrics = self._new_epochs(trial)
+        self._log(run_id, metrics)
+        self.logged[trial.id] |= {metric.step for metric in metrics}
 
     def finish_trial(self, trial: Trial) -> None:
         folder = trial.folder(self.output)
@@ -155,8 +173,7 @@ class Store:
         known = self.known.get(trial.id)
         if known and known.info.status == "FINISHED" and known.data.tags.get("finished") == str(finished):
             return
-        self.log_epochs(trial)
-        run_id = self.runs[trial.id]
+        run_id = self.open_trial(trial)
         for name in _ARTIFACTS:
             if (folder / name).exists():
                 self.client.log_artifact(run_id, str(folder / name))
@@ -164,7 +181,9 @@ class Store:
         values |= {name: result[name] for name in _COSTS if name in result}
         tags = [RunTag(name, str(result[name])) for name in ("git_commit", "device", "precision") if name in result]
         tags.append(RunTag("finished", str(finished)))  # after the files, with the numbers: what has it is complete
-        self.client.log_batch(run_id, _metrics(values, finished, 0), tags=tags)
+        metrics = self._new_epochs(trial)
+        self._log(run_id, [*metrics, *_metrics(values, finished, 0)], tags)
+        self.logged[trial.id] |= {metric.step for metric in metrics}
         if trial.id in self.failed:
             self.client.delete_tag(run_id, "error")
             self.failed.discard(trial.id)
@@ -178,7 +197,9 @@ class Store:
 
     def close(self, table_files: list[Path], status: str) -> None:
         for run in list(self._children(" AND attributes.status = 'RUNNING'")):
-            self.client.set_terminated(run.info.run_id, "KILLED")
+            # Another launch may be training it.
+            if not lock.owner_of(self.output / "trials" / run.data.tags["trial_id"]):
+                self.client.set_terminated(run.info.run_id, "KILLED")
         parent_id = self.parent.info.run_id
         for path in table_files:
             self.client.log_artifact(parent_id, str(path))
