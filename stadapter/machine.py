@@ -1,4 +1,7 @@
-"""What a reader needs to know about the machine, the code and its libraries to judge or repeat a number."""
+"""What a reader needs to know about the machine, the code and its libraries to judge or repeat a number.
+
+torch loads where a device is asked about, not before: the MLflow mirror of a finished sweep needs the versions alone.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _STATUS = Path("/proc/self/status")
 _LIBRARIES = (
@@ -76,6 +80,8 @@ def set_fast_float32(device: torch.device) -> None:
     MKL takes a slow path on AMD processors. The setting that avoids it allows oneDNN to compute in bfloat16, which it
     does on some processors: a probe against float64 decides, and the default stays where precision would be lost.
     """
+    import torch
+
     if device.type != "cpu":
         return
     generator = torch.Generator().manual_seed(0)
@@ -88,11 +94,15 @@ def set_fast_float32(device: torch.device) -> None:
 
 def device_name(device: torch.device) -> str:
     """The model name of the GPU or the processor."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start measuring anew: what `peak_memory_mib` then gives belongs to this training alone."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
@@ -104,6 +114,8 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def peak_memory_mib(device: torch.device) -> float | None:
     """Peak memory since the training began: allocated on the GPU, resident on the CPU; None where it is not known."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

@@ -77,7 +77,13 @@ def writing(folder: Path, command: str = "", *, wait: bool = False) -> Iterator[
             time.sleep(POLL_S)
     path = _owner_path(folder)
     words = command or shlex.join(sys.argv)
-    me = Owner(socket.gethostname(), os.getpid(), words[:300], _machine(), uuid.uuid4().hex)
+    me = Owner(
+        socket.gethostname(),
+        os.getpid(),
+        words if len(words) < 120 else f"{words[:117]}...",
+        _machine(),
+        uuid.uuid4().hex,
+    )
     ended = threading.Event()
     try:
         record.write_json(path, asdict(me))

@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_LOOK_EVERY_S = 1.0  # a file system shared by many nodes is asked about a file no more often
+_LOOK_EVERY_S = 0.2  # of a file system that many nodes share, no more is asked
 
 
 class GentleStop:

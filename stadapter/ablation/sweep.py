@@ -220,7 +220,11 @@ class _Events(tune.Callback):
         self, trials: Sequence[Trial], folders: Sequence[Path], on_event: Event, stop: GentleStop | None
     ) -> None:
         self.trials, self.folders, self.on_event, self.stop = trials, folders, on_event, stop
+        self.started: set[int] = set()
         self.ended: dict[int, tuple[str, str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks for a restart that never comes; a mirror's connections cannot be
 
     def setup(self, *arguments: Any, **info: Any) -> None:
         if self.stop is not None:
@@ -228,6 +232,7 @@ class _Events(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         if self.stop is None or not self.stop.asked:
+            self.started.add(trial.config["trial"])
             self.on_event("started", self.trials[trial.config["trial"]], {})
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
@@ -239,7 +244,8 @@ class _Events(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
         kind, message = self.ended[number]
-        self.on_event(kind, self.trials[number], {"message": message})
+        if number in self.started:
+            self.on_event(kind, self.trials[number], {"message": message})
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
