@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING
 from stadapter import config, recipes, record
 from stadapter.ablation import ledger
 from stadapter.ablation.flags import (
-    DEFAULT_OUTPUT,
-    DEFAULT_STORE,
     GPU_CLIPS_PER_PASS,
     Values,
+    check_gpu_flags,
     check_numbers,
     check_port,
     make_parser,
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from stadapter.data.cliplist import ClipList
     from stadapter.data.clips import Elsewhere
     from stadapter.train import Operation
-
-__all__ = ["DEFAULT_OUTPUT", "DEFAULT_STORE", "GPU_CLIPS_PER_PASS", "Arm", "check_port", "main"]
 
 
 def main(
@@ -93,20 +90,22 @@ def _run(
         num_gpus = _num_gpus(options)
         costs = _check(sweep, options, num_gpus)
     clips = _clips(sweep, options.data_root, ("train", "val", "test") if missing else ("train", "test"))
+    if missing and options.address is None:
+        _fetch_weights(sweep, options)
     seen = {split: clips[split].fingerprint() for split in ("train", "test")}
-    forced = {trial.id for trial in missing}
+    missing_ids = frozenset(trial.id for trial in missing)
     for trial in sweep.trials:
         found = entries[trial.id].result
-        if found is not None and trial.id not in forced:
+        if found is not None and trial.id not in missing_ids:
             record.check_data(trial.folder(output), record.fingerprints(found), seen)
-    request = Request(sweep, selected, frozenset(forced), output, options)
+    request = Request(sweep, selected, missing_ids, output, options)
     if missing:
         dead, macs = costs
         operation, resources = _operation(options, num_gpus), _resources(options, num_gpus)
         # The longest first: none of them then runs alone at the end.
         order = sorted(selected, key=lambda trial: -macs[trial.arm] * trial.recipe.optim.epochs)
         estimate_s = _estimate(missing, list(entries.values()), options, num_gpus)
-        request = Request(sweep, order, frozenset(forced), output, options, operation, resources, estimate_s)
+        request = Request(sweep, order, missing_ids, output, options, operation, resources, estimate_s)
     try:
         if options.force and (moved := ledger.set_aside(selected, output)):
             print(f"--force: {len(moved)} old records are in {moved[0].parent}")
@@ -156,24 +155,6 @@ def _num_gpus(options: argparse.Namespace) -> int:
     return wanted
 
 
-def check_gpu_flags(options: argparse.Namespace, num_gpus: int) -> None:
-    """ConfigError where flags about GPUs contradict their number or each other."""
-    if not num_gpus and options.gpus_per_trial > 1:
-        raise ConfigError(
-            f"--gpus-per-trial {options.gpus_per_trial}: there are no GPUs to use; see --processes-per-trial"
-        )
-    if not num_gpus and options.trials_per_gpu > 1:
-        raise ConfigError(f"--trials-per-gpu {options.trials_per_gpu}: there are no GPUs to use")
-    if options.trials_per_gpu > 1 and options.gpus_per_trial > 1:
-        raise ConfigError(
-            f"--trials-per-gpu {options.trials_per_gpu}: not together with --gpus-per-trial {options.gpus_per_trial}"
-        )
-    if num_gpus and options.gpus_per_trial > num_gpus:
-        raise ConfigError(f"--gpus-per-trial {options.gpus_per_trial}: more than the {num_gpus} GPUs to use in all")
-    if num_gpus and options.processes_per_trial:
-        raise ConfigError("--processes-per-trial is for training without GPUs; use --gpus-per-trial")
-
-
 def processes_per_trial(options: argparse.Namespace, num_gpus: int, global_batch: int) -> int:
     processes: int = options.gpus_per_trial if num_gpus else options.processes_per_trial or 1
     if global_batch % processes:
@@ -183,7 +164,6 @@ def processes_per_trial(options: argparse.Namespace, num_gpus: int, global_batch
 
 def _check(sweep: Sweep, options: argparse.Namespace, num_gpus: int) -> tuple[dict[str, int], dict[str, int]]:
     """ConfigError where a trial could not run. Returns each arm's dead parameters, and its MACs per view."""
-    from stadapter.backbones import load_backbone
     from stadapter.cost import cost_of
     from stadapter.data.transforms import check_transforms
 
@@ -191,15 +171,18 @@ def _check(sweep: Sweep, options: argparse.Namespace, num_gpus: int) -> tuple[di
     for data in {trial.recipe.data for trial in sweep.trials}:
         check_transforms(data)
     processes_per_trial(options, num_gpus, sweep.recipe.optim.global_batch)
-    _clips(sweep, options.data_root, ("train", "val", "test"))
-    if options.address is None:
-        # The trials find the weights in the library's cache then, and none downloads them twice.
-        for backbone in {trial.recipe.backbone for trial in sweep.trials}:
-            load_backbone(backbone, sweep.recipe.data.frame_size, weights_file=options.weights)
     return (
         {arm: cost.dead_params for arm, cost in costs.items()},
         {arm: cost.macs_per_view for arm, cost in costs.items()},
     )
+
+
+def _fetch_weights(sweep: Sweep, options: argparse.Namespace) -> None:
+    """The trials find the weights in the library's cache then, and none downloads them twice."""
+    from stadapter.backbones import load_backbone
+
+    for backbone in {trial.recipe.backbone for trial in sweep.trials}:
+        load_backbone(backbone, sweep.recipe.data.frame_size, weights_file=options.weights)
 
 
 def _estimate(

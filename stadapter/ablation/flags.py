@@ -159,6 +159,24 @@ def check_numbers(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
+def check_gpu_flags(options: argparse.Namespace, num_gpus: int) -> None:
+    """ConfigError where flags about GPUs contradict their number or each other."""
+    if not num_gpus and options.gpus_per_trial > 1:
+        raise ConfigError(
+            f"--gpus-per-trial {options.gpus_per_trial}: there are no GPUs to use; see --processes-per-trial"
+        )
+    if not num_gpus and options.trials_per_gpu > 1:
+        raise ConfigError(f"--trials-per-gpu {options.trials_per_gpu}: there are no GPUs to use")
+    if options.trials_per_gpu > 1 and options.gpus_per_trial > 1:
+        raise ConfigError(
+            f"--trials-per-gpu {options.trials_per_gpu}: not together with --gpus-per-trial {options.gpus_per_trial}"
+        )
+    if num_gpus and options.gpus_per_trial > num_gpus:
+        raise ConfigError(f"--gpus-per-trial {options.gpus_per_trial}: more than the {num_gpus} GPUs to use in all")
+    if num_gpus and options.processes_per_trial:
+        raise ConfigError("--processes-per-trial is for training without GPUs; use --gpus-per-trial")
+
+
 def check_port(flag: str, port: int) -> None:
     """ConfigError where nothing can listen on this port of 127.0.0.1."""
     with socket.socket() as probe:

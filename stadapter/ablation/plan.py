@@ -1,7 +1,8 @@
 """What a sweep will cost, before anything is started: counted on meta tensors, without data, weights, GPUs or Ray.
 
-Counted exactly: parameters, multiply-accumulates, bytes reduced per step, bytes of optimiser and checkpoints, and the
-tensors that autograd keeps. Estimated: time. A training's operations are taken as
+Counted exactly: parameters, multiply-accumulates, bytes reduced per step, bytes of optimiser and checkpoints. Between
+two counts: the tensors that autograd keeps, since autocast and the attention kernels that a GPU chooses lie between
+plain float32 and fused half precision. Estimated: time. A training's operations are taken as
 
     2 * MACs * (training clips * epochs * (1 + share of blocks with a graph + share of trained parameters)
                 + validation clips * epochs + test clips * test views)
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
-from stadapter import record
-from stadapter.ablation.flags import GPU_CLIPS_PER_PASS
+from stadapter import machine, record
+from stadapter.ablation.flags import GPU_CLIPS_PER_PASS, check_gpu_flags
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS, gpu_named
 from stadapter.ablation.ledger import Entry
 from stadapter.ablation.trial import Sweep, Trial
@@ -52,8 +55,8 @@ class Memory:
     """Bytes on one device."""
 
     fixed: int  # weights, gradients, optimiser
-    activations_most: int  # as float32
-    activations_least: int  # all of them in the recipe's half precision
+    activations_most: int  # as float32, attention weights included
+    activations_least: int  # all of them in the recipe's precision, by attention kernels that keep no weights
 
     def fits(self, capacity: float) -> str:
         if self.fixed + self.activations_most <= capacity:
@@ -89,7 +92,21 @@ def memory_of(recipe: Recipe, cost: Cost, clips_per_pass: int) -> Memory:
     frozen = cost.total_params - cost.trainable_params
     fixed = frozen * (2 if half else 4) + cost.trainable_params * 16  # weight, gradient, two moments
     most = _saved_bytes(recipe, torch.float32, clips_per_pass)
-    return Memory(fixed, most, most if half is None else _saved_bytes(recipe, half, clips_per_pass))
+    with _FusedAttention():
+        least = _saved_bytes(recipe, half or torch.float32, clips_per_pass)
+    return Memory(fixed, most, min(least, most))  # with few tokens the kernels keep no less
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as a GPU's kernels save it, without [M, heads, S, S] weights: meta tensors would take the plain way."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args
+        if q.dtype == torch.float32:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 def _saved_bytes(recipe: Recipe, dtype: torch.dtype, clips: int) -> int:
@@ -120,11 +137,11 @@ def _saved_bytes(recipe: Recipe, dtype: torch.dtype, clips: int) -> int:
 
 def rate_of(entries: Sequence[Entry], recipe: Recipe, gpu: str | None) -> tuple[float | None, str]:
     """Operations per second of one process, and where that number is from. `gpu` None: this machine's CPU."""
-    rates = []
+    rates, here = [], machine.device_name(torch.device("cpu"))
     for entry in entries:
         if (done := entry.result) is None or done["precision"] != recipe.optim.precision:
             continue
-        if gpu_named(done["device"]) != gpu:
+        if (done["device"] != here) if gpu is None else (gpu_named(done["device"]) != gpu):
             continue
         own = entry.trial.recipe
         sizes = {split: one["clips"] for split, one in done["data"].items() if isinstance(one, dict)}
@@ -244,8 +261,6 @@ def _notes(
 
 
 def _planned_gpus(options: argparse.Namespace) -> int:
-    from stadapter.ablation.cli import check_gpu_flags
-
     there = torch.cuda.device_count() or (1 if options.gpu else 0)
     planned: int = there if options.num_gpus is None else options.num_gpus
     check_gpu_flags(options, planned)

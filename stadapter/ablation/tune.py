@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stadapter import config, recipes, record
-from stadapter.ablation.cli import GPU_CLIPS_PER_PASS
+from stadapter.ablation.flags import GPU_CLIPS_PER_PASS
 from stadapter.ablation.trial import Trial
 from stadapter.config import ConfigError, Recipe, Strategy
 from stadapter.data.storage import data_root
