@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,3 +174,19 @@ def test_the_data_root_of_a_search_may_be_an_address() -> None:
     tune.add_arguments(parser)
     assert parser.parse_args(["--data-root", "s3://bucket/ssv2"]).data_root == "s3://bucket/ssv2"
     assert parser.parse_args(["--data-root", "here"]).data_root == str(Path("here").resolve())
+
+
+def test_ctrl_c_ends_a_search_and_what_has_ended_counts(tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
+    """On a Ray of its own: what was cut off may hold the CPUs until it is shut down."""
+    seen: list[tune.Tried] = []
+
+    def interrupt_soon(one: tune.Tried) -> None:
+        seen.append(one)
+        if len(seen) == 1:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    longer = config.replace(tiny_recipe, **{"optim.epochs": 10})
+    space = tune.search_space(longer)
+    with Cluster(Resources()) as alone:
+        found = search(alone, longer, space, 50, [], tmp_path, Operation(clip_folder), interrupt_soon)
+    assert found == seen and 1 <= len(found) < 50

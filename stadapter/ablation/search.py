@@ -10,6 +10,7 @@ epochs and checkpoint there but no result, so that it does not look finished; a 
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ def search(
             tune.report(record.read_metrics(folder)[-1])
         except Exception as error:  # it is this trial's: told in its folder, and the search goes on
             write_error(folder, error)
+            if not (folder / ERROR).exists():
+                raise  # the folder cannot be written, and nothing else would say that the trial failed
             tune.report({METRIC: FAILED_VALUE, "epoch": trial_recipe.optim.epochs})
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -77,7 +80,8 @@ def search(
     for point, value in known:
         searcher.add_evaluated_point(dict(point), value)
     tried: list[Tried] = []
-    with tempfile.TemporaryDirectory(prefix="stadapter-search-") as scratch:
+    # Ctrl-C ends the search, and what has ended by then counts.
+    with tempfile.TemporaryDirectory(prefix="stadapter-search-") as scratch, contextlib.suppress(KeyboardInterrupt):
         tune.Tuner(
             tune.with_resources(run, {"cpu": resources.cpus_per_process, "gpu": 1 if resources.num_gpus else 0}),
             tune_config=tune.TuneConfig(
