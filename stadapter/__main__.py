@@ -13,9 +13,10 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.storage import data_root
 from stadapter.record import DEFAULT_CHECKPOINT_EVERY_S, WriteError, bad_clips_in_words
-from stadapter.stopping import StopSignals
+from stadapter.stopping import StopSignals, write
 
 STOPPED = 130  # as a shell tells of Ctrl-C
+ONE_REQUEST_S = 2.0  # a terminal and torchrun both pass on one Ctrl-C
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,6 +96,9 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
     )
     live = sys.stderr.isatty()
 
+    def announce() -> None:
+        write(2, "\nstopping after this step, with a checkpoint; once more to stop at once\n")
+
     def on_step(at: dict[str, Any]) -> None:
         if live:
             print("\r\033[K" + progress_line(recipe, at), end="", file=sys.stderr, flush=True)
@@ -107,7 +111,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
             print(f"epoch {metrics['epoch']}/{recipe.optim.epochs}  {measured}", flush=True)
 
     try:
-        with StopSignals("stopping after this step, with a checkpoint; once more to stop at once") as signals:
+        with StopSignals(announce, ONE_REQUEST_S) as signals:
             result = train(recipe, options.output, operation, world, on_epoch, on_step, signals.asked)
     except (TrainingError, BadClipsError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)

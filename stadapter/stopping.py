@@ -5,31 +5,41 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ONE_REQUEST_S = 2.0  # a terminal and torchrun both pass on one Ctrl-C: within this time that is one request
 
 
 class StopSignals:
-    """A context in which signals are requests: `asked` says whether there was one; a later one raises
-    KeyboardInterrupt. `announcement` is printed to standard error with the first."""
+    """A context in which the first signal calls `on_request`, and a later one raises KeyboardInterrupt.
 
-    def __init__(self, announcement: str) -> None:
-        self.announcement = announcement
+    Signals within `one_request_s` of the first are the same request. In a thread, where signals cannot be taken, it
+    does nothing.
+    """
+
+    def __init__(self, on_request: Callable[[], None], one_request_s: float = 0.0) -> None:
+        self.on_request, self.one_request_s = on_request, one_request_s
         self.asked_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Take the signals, again where a library has taken them since."""
+        for number in self._before:
+            signal.signal(number, self._on_signal)
 
     def asked(self) -> bool:
         return self.asked_at is not None
@@ -38,7 +48,12 @@ class StopSignals:
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
-            with contextlib.suppress(OSError):  # a terminal that is gone; not print, for one may be under way
-                os.write(2, f"\n{self.announcement}\n".encode())
-        elif now - self.asked_at > ONE_REQUEST_S:
+            self.on_request()
+        elif now - self.asked_at >= self.one_request_s:
             raise KeyboardInterrupt
+
+
+def write(descriptor: int, text: str) -> None:
+    """Print from a signal handler: not by `print`, for one may be under way. A terminal that is gone is no matter."""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, text.encode())

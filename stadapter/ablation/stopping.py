@@ -6,18 +6,14 @@ they run. The second ends everything at once.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from stadapter.stopping import StopSignals, write
+
 _LOOK_EVERY_S = 0.2  # of a file system that many nodes share, no more is asked
 
 
@@ -26,35 +22,28 @@ class GentleStop:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / f".stop-{socket.gethostname()}-{os.getpid()}"
-        self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._signals = StopSignals(self._leave_file)
+        self.listen = self._signals.listen
+
+    @property
+    def asked(self) -> bool:
+        return self._signals.asked()
 
     def __enter__(self) -> GentleStop:
         self.file.unlink(missing_ok=True)  # of a process that had the same number and was killed
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in _SIGNALS}
-            self.listen()
+        self._signals.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *_: object) -> None:
+        self._signals.__exit__()
         self.file.unlink(missing_ok=True)
 
-    def listen(self) -> None:
-        """Take the signals, again where a library has taken them since."""
-        for number in self._before:
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        _write("\nstopping: every trial that runs writes a checkpoint first; once more to stop at once\n")
+    def _leave_file(self) -> None:
+        write(1, "\nstopping: every trial that runs writes a checkpoint first; once more to stop at once\n")
         try:
             self.file.touch()
         except OSError as error:
-            _write(f"{self.file}: cannot be written ({error.strerror}); stopping at once\n")
+            write(1, f"{self.file}: cannot be written ({error.strerror}); stopping at once\n")
             raise KeyboardInterrupt from None
 
 
@@ -70,9 +59,3 @@ def watch(file: Path) -> Callable[[], bool]:
         return asked
 
     return look
-
-
-def _write(text: str) -> None:
-    # Not print: the signal may have come in the middle of one.
-    with contextlib.suppress(OSError):
-        os.write(1, text.encode())
