@@ -50,14 +50,16 @@ def set_broken_aside(folder: Path) -> list[str]:
 def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
     """The newest whole checkpoint; None where there is none."""
     for name in (record.CHECKPOINT, PREVIOUS):
-        content = _content(folder / name) if (folder / name).exists() else None
-        if content is not None:
+        if (content := _content(folder / name)) is not None:
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     return None
 
 
 def _content(path: Path) -> bytes | None:
-    """What was saved; None unless its checksum is right."""
-    stored = path.read_bytes()
+    """What was saved; None unless it is there and its checksum is right."""
+    try:
+        stored = path.read_bytes()
+    except FileNotFoundError:  # or between two names: whoever only watches a training may come at that moment
+        return None
     content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
     return content if hashlib.sha256(content).digest() == digest else None
