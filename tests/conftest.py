@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from stadapter import config, recipes
 from stadapter.config import Recipe
 from stadapter.data.embedded import MOTION_CLASSES, render_clip, write_mp4
+from stadapter.train import Operation, train
 
 CLASSES, TRAIN_CLIPS, TEST_CLIPS = 2, 16, 7  # 7: no number of processes but 1 and 7 divides the test clips
 
@@ -63,3 +65,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def operation(clip_folder: Path) -> Operation:
+    return Operation(data_root=clip_folder)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_recipe: Recipe, operation: Operation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one undisturbed training of the tiny recipe, in one process with one thread."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(tiny_recipe, folder, operation)
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here ({mounted.stderr.strip()})")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import os
 import signal
@@ -19,7 +21,10 @@ from safetensors.torch import load_file
 
 from stadapter import checkpointing, record
 from stadapter.ablation import ledger, lock
+from stadapter.ablation.launch import Launch, Request
 from stadapter.ablation.stopping import GentleStop, watch
+from stadapter.ablation.sweep import write_error
+from stadapter.ablation.terminal import Terminal
 from stadapter.ablation.trial import Arm, make_sweep
 from stadapter.config import ConfigError, Recipe, identity, replace
 from stadapter.train import Operation, train
@@ -155,6 +160,23 @@ def test_the_first_signal_asks_for_an_end_and_the_second_ends(tmp_path: Path, ca
     assert "once more to stop at once" in capfd.readouterr().out
 
 
+def test_a_full_disk_is_told_in_one_line_and_does_not_break_into_ray(small_disk: Path) -> None:
+    sweep = made_up.kernel_sweep(1)
+    trial = sweep.trials[0]
+    trial.folder(small_disk).mkdir(parents=True)
+    with pytest.raises(OSError, match="No space"), open(small_disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    why = write_error(trial.folder(small_disk), record.WriteError(small_disk / "x", 1, OSError(errno.ENOSPC, "full")))
+    assert why.startswith(f"{small_disk / 'x'}: cannot be written (full")
+    options = argparse.Namespace(max_failures=2)
+    launched = Launch(
+        Request(sweep, [trial], frozenset(), small_disk, options), Terminal(sweep, 0), None, GentleStop(small_disk)
+    )
+    launched.event("failed", trial, {"message": why})
+    assert isinstance(launched.unwritten, record.WriteError)  # raised when the round is over
+
+
 # --- whole sweeps
 
 
@@ -282,3 +304,6 @@ def test_more_arms_or_seeds_run_only_what_is_new(tmp_path: Path, tiny_recipe: Re
     arms = [Arm("one", {}), Arm("two", {"adapter.bottleneck_width": 4})]
     first, second = (make_sweep("s", "?", tiny_recipe, arms[:n], n) for n in (1, 2))
     assert {trial.id for trial in first.trials} < {trial.id for trial in second.trials}
+    made_up.write(first, tmp_path, {"one": 90.0})
+    states = {trial.name: ledger.entry(trial, tmp_path).status for trial in second.trials}
+    assert states == {"one seed 0": "done", "one seed 1": "to do", "two seed 0": "to do", "two seed 1": "to do"}

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,6 @@ from stadapter.train import Operation, train
 
 WALL_TIMES = ("seconds", "time", "clips_per_s")
 STEPS = 8  # of the tiny recipe: 2 epochs of 4
-
-
-@pytest.fixture(scope="module")
-def operation(clip_folder: Path) -> Operation:
-    return Operation(data_root=clip_folder)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_recipe: Recipe, operation: Operation, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("undisturbed")
-    train(tiny_recipe, folder, operation)
-    return folder
 
 
 def assert_same_outcome(folder: Path, undisturbed: Path) -> None:
@@ -228,18 +215,6 @@ def test_what_dead_writers_left_half_written_is_removed(tmp_path: Path, tiny_rec
 
 
 # --- disks
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here ({mounted.stderr.strip()})")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def test_a_full_disk_ends_the_training_in_one_line_and_loses_nothing(

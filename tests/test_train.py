@@ -27,20 +27,6 @@ from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimize
 from stadapter.train import Operation, TrainingError, World, train
 
 
-@pytest.fixture(scope="module")
-def operation(clip_folder: Path) -> Operation:
-    return Operation(data_root=clip_folder)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_recipe: Recipe, operation: Operation, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one undisturbed training in one process."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("reference")
-    train(tiny_recipe, folder, operation)
-    return folder
-
-
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """What must not differ between two runs of one recipe: metrics by epoch, and those of the test."""
     clock = ("seconds", "time", "clips_per_s")
@@ -123,43 +109,43 @@ def test_dropout_keeps_the_mean_and_repeats_by_seed_and_step() -> None:
     assert not torch.equal(mask, dropout_mask(1, 3, 64, 512, 0.5))
 
 
-def test_a_run_folder_says_everything(reference: Path, tiny_recipe: Recipe) -> None:
-    result = record.read_result(reference)
+def test_a_run_folder_says_everything(undisturbed: Path, tiny_recipe: Recipe) -> None:
+    result = record.read_result(undisturbed)
     assert result is not None
-    assert result["recipe"] == json.loads((reference / record.CONFIG).read_text()) == config.flatten(tiny_recipe)
+    assert result["recipe"] == json.loads((undisturbed / record.CONFIG).read_text()) == config.flatten(tiny_recipe)
     assert result["trial_id"] == config.identity(tiny_recipe)
     assert 0 <= result["metrics"]["top1"] <= 100
     assert result["data"]["test"]["clips"] == 7
     assert result["trainable_params"] < result["total_params"]
     assert result["peak_memory_mib"] > 50
-    assert set(load_file(reference / record.TRAINED)) == set(trainable_parameters(build_model(tiny_recipe)))
-    assert [line["epoch"] for line in record.read_metrics(reference)] == [1, 2]
-    assert [line["step"] for line in record.read_metrics(reference)] == [4, 8]
+    assert set(load_file(undisturbed / record.TRAINED)) == set(trainable_parameters(build_model(tiny_recipe)))
+    assert [line["epoch"] for line in record.read_metrics(undisturbed)] == [1, 2]
+    assert [line["step"] for line in record.read_metrics(undisturbed)] == [4, 8]
 
 
-def test_the_loss_goes_down(reference: Path) -> None:
-    first, last = losses(reference)
+def test_the_loss_goes_down(undisturbed: Path) -> None:
+    first, last = losses(undisturbed)
     assert last < first
 
 
 def test_the_same_recipe_gives_bitwise_the_same_numbers_and_weights(
-    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
 ) -> None:
     train(tiny_recipe, tmp_path, operation)
-    assert numbers(tmp_path) == numbers(reference)
-    ours, theirs = load_file(tmp_path / record.TRAINED), load_file(reference / record.TRAINED)
+    assert numbers(tmp_path) == numbers(undisturbed)
+    ours, theirs = load_file(tmp_path / record.TRAINED), load_file(undisturbed / record.TRAINED)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_another_seed_gives_other_numbers(
-    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
 ) -> None:
     train(config.replace(tiny_recipe, seed=1), tmp_path, operation)
-    assert losses(tmp_path) != losses(reference)
+    assert losses(tmp_path) != losses(undisturbed)
 
 
 def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
-    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
 ) -> None:
     class Stop(Exception):
         pass
@@ -173,7 +159,7 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
     epochs: list[int] = []
     train(tiny_recipe, tmp_path, operation, on_epoch=lambda metrics: epochs.append(metrics["epoch"]))
     assert epochs == [2]
-    assert numbers(tmp_path) == numbers(reference)
+    assert numbers(tmp_path) == numbers(undisturbed)
 
 
 @pytest.mark.parametrize("wrong", [{"clips_per_pass": 0}, {"clips_per_pass": -1}, {"num_workers": -1}])
@@ -182,35 +168,35 @@ def test_an_operation_that_would_train_on_nothing_is_refused(wrong: dict[str, in
         Operation(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_finished_folder_is_not_trained_again(reference: Path, tiny_recipe: Recipe, operation: Operation) -> None:
+def test_a_finished_folder_is_not_trained_again(undisturbed: Path, tiny_recipe: Recipe, operation: Operation) -> None:
     def fail(metrics: dict[str, Any]) -> None:
         raise AssertionError("trained again")
 
-    assert train(tiny_recipe, reference, operation, on_epoch=fail) == record.read_result(reference)
+    assert train(tiny_recipe, undisturbed, operation, on_epoch=fail) == record.read_result(undisturbed)
 
 
 def test_accumulating_small_passes_changes_only_rounding(
-    reference: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
     train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, clips_per_pass=3))
-    assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-5)
+    assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
 def test_loader_processes_change_no_number(
-    reference: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
     train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, num_workers=2))
-    assert numbers(tmp_path) == numbers(reference)
+    assert numbers(tmp_path) == numbers(undisturbed)
 
 
 def test_two_processes_under_torchrun_give_the_numbers_of_one(
-    reference: Path, tiny_flags: list[str], tmp_path: Path
+    undisturbed: Path, tiny_flags: list[str], tmp_path: Path
 ) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "stadapter", "train", "--output", str(tmp_path / "run"), *tiny_flags]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=1e-5)
-    one, two = numbers(reference)[-1], numbers(tmp_path / "run")[-1]
+    assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), rel=1e-5)
+    one, two = numbers(undisturbed)[-1], numbers(tmp_path / "run")[-1]
     assert two["top1"] == one["top1"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
@@ -250,11 +236,11 @@ def test_all_processes_stop_where_one_loss_is_not_finite(
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_trains_close_to_float32(
-    precision: str, reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    precision: str, undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
 ) -> None:
     train(config.replace(tiny_recipe, **{"optim.precision": precision}), tmp_path, operation)
-    assert losses(tmp_path) == pytest.approx(losses(reference), rel=0.05)
-    assert losses(tmp_path) != losses(reference)
+    assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=0.05)
+    assert losses(tmp_path) != losses(undisturbed)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(
@@ -281,25 +267,25 @@ def test_weights_broken_by_the_last_step_are_called_diverged(
 
 
 def test_label_smoothing_and_dropout_reach_the_loss(
-    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
 ) -> None:
     for field in ("optim.label_smoothing", "optim.head_dropout"):
         train(config.replace(tiny_recipe, **{field: 0.4}), tmp_path / field, operation)
-        assert losses(tmp_path / field) != losses(reference)
+        assert losses(tmp_path / field) != losses(undisturbed)
         assert all(map(math.isfinite, losses(tmp_path / field)))
 
 
 def test_a_folder_that_holds_another_training_is_refused(
-    reference: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
 ) -> None:
     record.prepare_folder(tmp_path, tiny_recipe)
-    for begun_or_finished in (tmp_path, reference):
+    for begun_or_finished in (tmp_path, undisturbed):
         with pytest.raises(ConfigError, match="holds another training"):
             train(config.replace(tiny_recipe, seed=5), begun_or_finished, operation)
 
 
 def test_a_training_on_other_clips_is_neither_returned_nor_continued(
-    reference: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
     """The identity does not hold where the data lies: the same recipe on another folder is another training."""
     other, begun = tmp_path / "clips", tmp_path / "begun"
@@ -307,11 +293,11 @@ def test_a_training_on_other_clips_is_neither_returned_nor_continued(
     next((other / "train").glob("*/0.mp4")).unlink()
     begun.mkdir()
     for name in (record.CONFIG, record.METRICS, record.CHECKPOINT):
-        shutil.copy(reference / name, begun)
-    for folder in (reference, begun):
+        shutil.copy(undisturbed / name, begun)
+    for folder in (undisturbed, begun):
         with pytest.raises(ConfigError, match="another data set") as caught:
             train(tiny_recipe, folder, Operation(data_root=other))
         assert "--data-root" in str(caught.value)
     moved = tmp_path / "moved"
     shutil.copytree(clip_folder, moved)
-    assert train(tiny_recipe, reference, Operation(data_root=moved)) == record.read_result(reference)
+    assert train(tiny_recipe, undisturbed, Operation(data_root=moved)) == record.read_result(undisturbed)

@@ -58,6 +58,9 @@ def main(
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except record.WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("stopped before a trial was started", file=sys.stderr)
         code = 130

@@ -62,14 +62,15 @@ def launch(request: Request) -> int:
     cut_off = False
     with stop:
         try:
-            _Launch(request, terminal, mirror, stop).run()
+            Launch(request, terminal, mirror, stop).run()
         except KeyboardInterrupt:
             cut_off = True
-        terminal.close()
+        finally:
+            terminal.close()
         return _conclude(request, terminal, mirror, stopped=stop.asked or cut_off)
 
 
-class _Launch:
+class Launch:
     """The rounds of a launch: each runs every trial that is missing, free, and has not failed too often."""
 
     def __init__(self, request: Request, terminal: Terminal, mirror: Mirror | None, stop: GentleStop) -> None:
@@ -77,6 +78,7 @@ class _Launch:
         self.done = {t.id for t in request.selected if record.read_result(t.folder(request.output)) is not None}
         self.waited_for: set[str] = set()
         self.met_another = False  # in the last round
+        self.unwritten: record.WriteError | None = None  # what the ledger lacks
 
     def run(self) -> None:
         allowed = self.request.options.max_failures
@@ -98,7 +100,9 @@ class _Launch:
                         at_once = min(cluster.trials_at_once(), len(free))
                         self.terminal.starting(len(free), at_once, request.resources, request.output)
                     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-                    run_trials(cluster, free, request.output, request.operation, self._event, self.stop, command)
+                    run_trials(cluster, free, request.output, request.operation, self.event, self.stop, command)
+                    if self.unwritten is not None:
+                        raise self.unwritten
                 self._wait_for_others()
         for trial in self.request.selected:
             folder = self._folder(trial)
@@ -116,7 +120,7 @@ class _Launch:
             if trial.id in self.done:
                 continue
             if record.read_result(self._folder(trial)) is not None:  # by another launch
-                self._event("finished", trial, {})
+                self.event("finished", trial, {})
             elif not ledger.exhausted(self._folder(trial), allowed):
                 found.append(trial)
         return found
@@ -133,15 +137,19 @@ class _Launch:
             time.sleep(lock.POLL_S)
         self.met_another = False
 
-    def _event(self, kind: str, trial: Trial, details: dict[str, Any]) -> None:
+    def event(self, kind: str, trial: Trial, details: dict[str, Any]) -> None:
         folder = self._folder(trial)
         if kind == "finished":
             self.done.add(trial.id)
             details = record.read_result(folder) or {}
         elif kind == "failed":
             allowed = self.request.options.max_failures
-            failures = ledger.count_failure(folder, allowed, details["message"])
-            details = details | {"again": failures.count < allowed}
+            try:
+                failures = ledger.count_failure(folder, allowed, details["message"])
+            except record.WriteError as error:  # raised when the round is over: Ray is in the middle of it
+                self.unwritten = error
+            else:
+                details = details | {"again": failures.count < allowed}
         if kind == "busy":
             self.met_another = True  # `_wait_for_others` says it, and says it once
             self.terminal.running.pop(trial.id, None)
@@ -192,6 +200,8 @@ def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, st
         print(f"They failed {options.max_failures} times each, and are left alone until --force or another")
         print("--max-failures counts anew. Why, in full, is in error.txt in their folders under")
         print(f"{output / 'trials'}")
+        print("--force would run finished trials again, too; this goes on with these alone, from their checkpoints:")
+        print(f"  {again} --max-failures {options.max_failures + 1}")
         return 1
     if holes:
         print(f"{holes} of {len(found)} trials have no result; --only left them out.")

@@ -191,10 +191,10 @@ def run_trials(
         except lock.Busy as error:
             ended, message = "busy", str(error)
         except Exception as error:  # whatever it is, it is this trial's: told in its folder, and the others go on
-            write_error(folder, error)
+            message = write_error(folder, error)
             if resources.num_gpus and "CUDA error" in str(error):
                 raise  # the process cannot use its GPU again: Tune starts another for the next trial
-            ended, message = "failed", last_line(folder / ERROR)
+            ended = "failed"
         tune.report({"ended": ended, "message": message})
 
     if several:
@@ -340,12 +340,14 @@ def _train_in_several_processes(
         raise lock.Busy(f"{folder.name} was being written by {lock.owner_of(folder) or 'another process'}")
 
 
-def write_error(folder: Path, error: Exception) -> None:
-    """Leave why a trial failed in its folder, the cause as the last line."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_error(folder: Path, error: Exception) -> str:
+    """Leave why a trial failed in its folder, the cause as the last line; returns that line."""
     text = "".join(traceback.format_exception(error))
-    cause = str(error).strip().splitlines() or [type(error).__name__]
-    record.write_atomically(folder / ERROR, f"{text}\n{cause[-1]}\n".encode())
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    with contextlib.suppress(OSError):  # a full or read-only disk may be the very error; the sweep is told anyway
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_atomically(folder / ERROR, f"{text}\n{cause}\n".encode())
+    return cause
 
 
 def last_line(path: Path) -> str:
