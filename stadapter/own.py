@@ -63,7 +63,7 @@ def load(own: OwnCode, name: str) -> Any:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: nothing may find half a module under this name; raised again
             del sys.modules[module_name]
             raise
     try:

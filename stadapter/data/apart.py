@@ -38,7 +38,7 @@ def decode_apart(path: PathLike, indices: Indices, *, backend: Backend, short_si
             assert callable(indices)
             try:
                 wanted = list(indices(value))
-            except Exception:
+            except Exception:  # whatever the caller's choice of frames raises; raised again
                 stop()  # it waits for an answer
                 raise
             connection.send(wanted)
