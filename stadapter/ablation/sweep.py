@@ -70,7 +70,8 @@ def join_cluster(address: str) -> int:
     """Join the running Ray cluster at `address`; returns how many GPUs it has."""
     if not ray.is_initialized():
         _check_reachable(address)
-        _init(address, address=address, runtime_env={"py_modules": [stadapter]})
+        # Its folder, not the module: within a submitted job Ray copies this value, and modules cannot be copied.
+        _init(address, address=address, runtime_env={"py_modules": [str(Path(stadapter.__file__).parent)]})
     return int(ray.cluster_resources().get("GPU", 0))
 
 
