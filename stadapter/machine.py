@@ -6,6 +6,7 @@ torch loads where a device is asked about, not before: the MLflow mirror of a fi
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
 from functools import cache
@@ -45,7 +46,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _git() -> tuple[str, bool]:
-    """Commit of the source tree this package runs from, and whether it has changes; ("unknown", False) outside one."""
+    """Commit of the source tree this package runs from, and whether it has changes.
+
+    Outside of one: what the job was submitted from, where it is one (`stadapter.ablation.submission`), else "unknown".
+    """
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -56,10 +60,15 @@ def _git() -> tuple[str, bool]:
     try:
         # A package installed into another project's tree is not described by that project's commit.
         if not git("ls-files", Path(__file__).name):
-            return "unknown", False
+            return _submitted()
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", False
+        return _submitted()
+
+
+def _submitted() -> tuple[str, bool]:
+    commit, changes, _ = os.environ.get("STADAPTER_COMMIT", "unknown").partition("+changes")
+    return commit, bool(changes)
 
 
 @cache
