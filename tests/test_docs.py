@@ -37,3 +37,13 @@ def test_the_commands_about_an_idea_of_ones_own_work_as_written() -> None:
         assert words[0] == "python"
         done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dry_runs_of_the_page_on_clusters_work_as_written() -> None:
+    blocks = [block for tested, block in BLOCK.findall((ROOT / "docs" / "clusters.md").read_text()) if tested]
+    assert len(blocks) == 3
+    for block in blocks:
+        words = shlex.split(block)
+        assert words[0] == "python"
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "/shared/ssv2" in done.stdout, done.stdout + done.stderr

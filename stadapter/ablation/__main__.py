@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stadapter.ablation import table, tune
+from stadapter.ablation import submit, table, tune
 from stadapter.ablation.flags import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
 from stadapter.ablation.trial import load_sweep, records, sweep_folders
 from stadapter.config import ConfigError
@@ -52,8 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
             metavar="FOLDER",
             help="the sweeps' --output (default: %(default)s)",
         )
-    options = parser.parse_args(arguments)
+    commands.add_parser("submit", help="run a script on Slurm, Ray or Kubernetes", add_help=False)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["submit"]:  # has a grammar of its own: a script's flags stand behind --
+            return submit.main(arguments[1:])
+        options = parser.parse_args(arguments)
         return {"ui": _ui, "table": _table, "sync": _sync, "tune": tune.run}[options.command](options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,232 @@
+"""What is handed to a cluster, whichever kind: a command, the code and environment it runs with, where it writes.
+
+A job is the command line that would run here, made independent of here: its paths are absolute, its code is a copy of
+the checkout at a known commit, its secrets are names. What was submitted is kept as RECORDS/<id>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from stadapter import record
+from stadapter.ablation.flags import DEFAULT_OUTPUT
+from stadapter.config import ConfigError
+from stadapter.data.storage import is_remote
+
+COMMIT = "STADAPTER_COMMIT"  # tells a run that is in no git checkout which commit it runs; see stadapter.machine
+MAX_CODE_BYTES = 200_000_000
+MAX_STEM = 20  # an id then fits the 47 characters that KubeRay allows
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A checkout, and what is in it."""
+
+    root: str
+    commit: str
+    dirty: bool
+
+    def __str__(self) -> str:
+        return self.commit + ("+changes" if self.dirty else "")
+
+
+@dataclass(frozen=True)
+class Packages:
+    """The Python environment that a command was submitted from."""
+
+    python: str  # its version
+    prefix: str  # its folder
+    installed: tuple[str, ...]  # name==version, sorted
+
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(self.installed).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"Python {self.python}, {self.prefix}, {len(self.installed)} packages, sha256 {self.digest()}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command to run elsewhere, with what makes it the same there."""
+
+    id: str
+    words: tuple[str, ...]  # the script, relative to the checkout, and its flags; all paths absolute
+    output: str
+    data_root: str | None
+    code: Code
+    packages: Packages
+    env: tuple[tuple[str, str], ...] = ()
+    secret_env: tuple[str, ...] = ()  # names only; no value is ever written
+
+    def described(self) -> dict[str, str]:
+        """Where the job comes from, for the metadata of a cluster."""
+        facts = {"commit": str(self.code), "environment": str(self.packages), "output": self.output}
+        return facts | ({"data-root": self.data_root} if self.data_root else {})
+
+
+def make_job(words: list[str], env: list[str], secret_env: list[str], *, shared_paths: bool) -> Job:
+    """The job of `words`, a script and its flags; ConfigError where it could not run elsewhere.
+
+    With `shared_paths` the cluster sees this machine's files, and relative paths are made absolute; without, they mean
+    nothing there and are refused.
+    """
+    if not words:
+        raise ConfigError("no command: name a script behind `--`, such as -- experiments/ablate_kernel.py --seeds 3")
+    for word in words:
+        check_printable("the command", word)
+    script, *flags = words
+    if not Path(script).is_file():
+        raise ConfigError(f"{script}: there is no such script; paths are relative to the current folder")
+    code = _code_of(Path(script).resolve().parent)
+    flags, output, data_root = _settle_paths(flags, Path.cwd() if shared_paths else None)
+    stem = re.sub("[^a-z0-9]+", "-", Path(script).stem.lower()).lstrip("-0123456789")[:MAX_STEM].rstrip("-") or "job"
+    return Job(
+        id=f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
+        words=(os.path.relpath(Path(script).resolve(), code.root), *flags),
+        output=output,
+        data_root=data_root,
+        code=code,
+        packages=_packages(),
+        env=tuple(_variable(text) for text in env),
+        secret_env=tuple(_secret_name(name) for name in secret_env),
+    )
+
+
+def check_printable(where: str, text: str) -> str:
+    """`text`, or a ConfigError where it would break the line of a script that it is written into."""
+    if _CONTROL.search(text):
+        raise ConfigError(f"{where}: {text!r} holds a line break or another control character")
+    return text
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not _NAME.fullmatch(name):
+        raise ConfigError(f"--env {name}: expected NAME=VALUE")
+    if _SECRET.search(name):
+        raise ConfigError(f"--env {name}=...: looks like a secret, and would be written into a file; use --secret-env")
+    return name, check_printable(f"--env {name}", value)
+
+
+def _secret_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        # Not repeated: where it is NAME=VALUE, the value is the secret.
+        raise ConfigError("--secret-env: expected the name of an environment variable, without its value")
+    return name
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"the command behind `--`: {message}")
+
+
+def _settle_paths(flags: list[str], here: Path | None) -> tuple[list[str], str, str | None]:
+    """The flags with every path absolute, the output, and the data root."""
+    parser = _Flags(add_help=False)
+    for flag in ("--output", "--data-root", "--weights", "--tracking-uri", "--address"):
+        parser.add_argument(flag)
+    given, rest = parser.parse_known_args(flags)
+    if given.address is not None:
+        raise ConfigError(f"--address {given.address}: leave it out; the job joins the cluster that it runs on")
+
+    def absolute(flag: str, path: str) -> str:
+        if is_remote(path) or os.path.isabs(path):
+            return path
+        if here is None:
+            raise ConfigError(f"{flag} {path}: means nothing there; give an absolute path that the cluster's nodes see")
+        return os.path.abspath(here / path)
+
+    if given.output is None and here is None:
+        raise ConfigError("--output: missing; name an absolute folder that all nodes of the cluster see")
+    output = absolute("--output", given.output or str(DEFAULT_OUTPUT))
+    settled = ["--output", output]
+    data_root = absolute("--data-root", given.data_root) if given.data_root else None
+    if data_root:
+        settled += ["--data-root", data_root]
+    if given.weights:
+        settled += ["--weights", absolute("--weights", given.weights)]
+    store = given.tracking_uri or f"sqlite:///{output}/mlflow.db"
+    if urlsplit(store).password:
+        raise ConfigError("--tracking-uri: holds a password; use --secret-env MLFLOW_TRACKING_PASSWORD instead")
+    if store.startswith("sqlite:///"):
+        store = "sqlite:///" + absolute("--tracking-uri", store.removeprefix("sqlite:///"))
+    return [*rest, *settled, "--tracking-uri", store], output, data_root
+
+
+def _code_of(folder: Path) -> Code:
+    root = _git(folder, "rev-parse", "--show-toplevel")
+    return Code(root, _git(root, "rev-parse", "HEAD"), bool(_git(root, "status", "--porcelain")))
+
+
+def _git(folder: Path | str, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"{folder}: is in no git checkout with a commit, so the job's code would have no version")
+    return done.stdout.strip()
+
+
+def _packages() -> Packages:
+    found = {f"{each.metadata['Name']}=={each.version}" for each in distributions()}
+    return Packages(".".join(map(str, sys.version_info[:3])), sys.prefix, tuple(sorted(found, key=str.lower)))
+
+
+def copy_code(job: Job, target: Path) -> None:
+    """Copy the checkout's files, but those that git ignores and the job's own output, into the folder `target`."""
+    root = Path(job.code.root)
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    output = Path(job.output)
+    left_out = output if output != root and output.is_relative_to(root) else output / "submissions"
+    files = [
+        path
+        for path in sorted({root / name for name in listed if name})
+        if path.is_file() and not path.is_relative_to(left_out)
+    ]
+    sizes = {path: path.stat().st_size for path in files}
+    if sum(sizes.values()) > MAX_CODE_BYTES:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise ConfigError(
+            f"{root}: {sum(sizes.values()) / 1e6:.0f} MB would travel with the job, {largest.relative_to(root)} alone "
+            f"has {sizes[largest] / 1e6:.0f} MB; let .gitignore name what is not code"
+        )
+    for path in files:
+        copy = target / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+
+
+def save(job: Job, backend: str, facts: dict[str, Any], records: Path) -> None:
+    """Write down that `job` was submitted; `facts` are what the back end needs to find it again."""
+    described = asdict(job) | {"submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "backend": backend, "facts": facts}
+    records.mkdir(parents=True, exist_ok=True)
+    record.write_atomically(records / f"{job.id}.json", json.dumps(described, indent=2).encode())
+
+
+def load(id: str, records: Path) -> dict[str, Any]:
+    path = records / f"{id}.json"
+    if Path(id).name != id or not path.is_file():
+        raise ConfigError(f"{id}: nothing of this name was submitted; {records} holds the records, see --records")
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def load_all(records: Path) -> list[dict[str, Any]]:
+    """Every submission, the oldest first."""
+    return sorted((json.loads(path.read_text()) for path in records.glob("*.json")), key=lambda each: each["submitted"])

@@ -1,0 +1,380 @@
+"""The submit command: what it hands to a cluster, and a real Ray cluster that runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stadapter import record
+from stadapter.ablation import ray_jobs, submission
+from stadapter.ablation.__main__ import main
+from stadapter.config import ConfigError
+
+SECRET = "s3cr3t-value"
+BACKENDS = {
+    "slurm": ["slurm"],
+    "ray": ["ray"],
+    "kubernetes": ["kubernetes", "--image", "me/mine:1", "--volume", "shared:/shared"],
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git checkout with a script, as the current folder."""
+    root = tmp_path / "my checkout"
+    (root / "experiments").mkdir(parents=True)
+    (root / "experiments" / "ablate.py").write_text("print('ran')\n")
+    (root / ".gitignore").write_text("data/\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "First"]):
+        subprocess.run(["git", "-c", "user.name=me", "-c", "user.email=me@here", *words], cwd=root, check=True)
+    monkeypatch.chdir(root)
+    return root
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], backend: str, *flags: str, script: tuple[str, ...] = ()) -> str:
+    words = ["--", "experiments/ablate.py", *(script or ("--output", "/shared/runs"))]
+    code = main(["submit", *BACKENDS[backend], *flags, "--dry-run", *words])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    return shown.out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["submit", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out and len(shown.err.splitlines()) == 1 and shown.err.startswith("error: ")
+    return shown.err
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_artefact_carries_commit_environment_and_paths(
+    backend: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    shown = dry_run(capsys, backend, script=("--output", "/shared/runs", "--data-root", "/shared/ssv2"))
+    assert commit in shown and "+changes" not in shown
+    assert f"Python {sys.version.split()[0]}" in shown and "sha256" in shown
+    assert "--output /shared/runs --data-root /shared/ssv2" in shown
+    assert "sqlite:////shared/runs/mlflow.db" in shown  # the default store would vanish with the copy of the checkout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dry_run_writes_nothing(backend: str, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(capsys, backend)
+    assert not (checkout / "runs").exists()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_changes_without_a_commit_are_warned_about_and_recorded(
+    backend: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkout / "experiments" / "ablate.py").write_text("print('changed')\n")
+    assert (
+        main(["submit", *BACKENDS[backend], "--dry-run", "--", "experiments/ablate.py", "--output", "/shared/r"]) == 0
+    )
+    shown = capsys.readouterr()
+    assert "has changes that are in no commit" in shown.err and "+changes" in shown.out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_secret_travels_by_name_only(
+    backend: str, checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    flags = ["--secret", "mine"] if backend == "kubernetes" else []
+    shown = dry_run(capsys, backend, "--secret-env", "MY_TOKEN", *flags)
+    assert "MY_TOKEN" in shown and SECRET not in shown
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flags", [["--env", f"MY_TOKEN={SECRET}"], ["--secret-env", f"MY_TOKEN={SECRET}"]])
+def test_a_secret_s_value_is_refused_and_not_repeated(
+    backend: str, flags: list[str], checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--", "experiments/ablate.py", "--output", "/shared/runs"]
+    assert SECRET not in refusal(capsys, *BACKENDS[backend], *flags, *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ray"], "no command"),
+        (["ray", "--", "nowhere.py"], "no such script"),
+        (["ray", "--", "experiments/ablate.py"], "--output: missing"),
+        (["ray", "--", "experiments/ablate.py", "--output", "runs"], "--output runs: means nothing there"),
+        (["ray", "--", "experiments/ablate.py", "--output=/r", "--weights=w.pt"], "--weights w.pt: means nothing"),
+        (["ray", "--", "experiments/ablate.py", "--address", "auto"], "leave it out"),
+        (["slurm", "--", "experiments/ablate.py", "--output"], "expected one argument"),
+        (["slurm", "--", "experiments/ablate.py", "--tracking-uri", "http://me:secret@host"], "holds a password"),
+        (["slurm", "--nodes", "0", "--", "experiments/ablate.py"], "--nodes 0: must be at least 1"),
+        (["slurm", "--partition", "a\n#SBATCH --uid=0", "--", "experiments/ablate.py"], "line break"),
+        (["slurm", "--", "experiments/ablate.py", "--only", "a\nrm"], "line break"),
+        (["ray", "--ray-address", "host:1", "--", "experiments/ablate.py", "--output", "/r"], "expected the dashboard"),
+        (["kubernetes", "--image", "i", "--", "experiments/ablate.py", "--output", "/r"], "lies on no --volume"),
+        (["status", "no-such-job"], "nothing of this name was submitted"),
+        (["stop", "../records"], "nothing of this name was submitted"),
+    ],
+)
+def test_bad_input_has_a_one_line_answer(
+    arguments: list[str], message: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(capsys, *arguments)
+
+
+def test_a_script_outside_git_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert "in no git checkout" in refusal(capsys, "slurm", "--", "own.py")
+
+
+def test_the_sbatch_script_is_bash_and_keeps_every_word_whole(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nasty = 'it\'s $HOME `id` "x" @PYTHON@ ; #'
+    shown = dry_run(capsys, "slurm", "--env", f"NOTE={nasty}", script=("--only", nasty, "--output", "/a b/100%"))
+    assert subprocess.run(["bash", "-n"], input=shown, text=True, capture_output=True).returncode == 0
+    assert re.search(r'^#SBATCH --output="/a b/100%%/submissions/ablate-.*/log.txt"$', shown, re.MULTILINE)
+    (line,) = [line for line in shown.splitlines() if "experiments/ablate.py" in line and "driver" not in line]
+    # The shell itself says what the script would be given.
+    echo = line.strip().removesuffix("&").replace('"$python"', "printf '%s\\n'")
+    words = subprocess.run(["bash", "-c", "address=1 port=2; " + echo], capture_output=True, text=True).stdout
+    assert words.splitlines()[:5] == ["experiments/ablate.py", "--only", nasty, "--output", "/a b/100%"]
+    (export,) = [line for line in shown.splitlines() if line.startswith("export NOTE")]
+    assert (
+        subprocess.run(["bash", "-c", export + '; printf %s "$NOTE"'], capture_output=True, text=True).stdout == nasty
+    )
+
+
+def test_slurm_s_relative_paths_become_absolute(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = dry_run(capsys, "slurm", script=("--data-root", "data"))
+    assert f"--output '{checkout}/runs' --data-root '{checkout}/data'" in shown
+
+
+def test_the_manifest_has_the_shape_of_a_rayjob(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--workers", "2", "--gpus-per-worker", "8", "--secret", "mine", "--secret-env", "HF_TOKEN"]
+    manifest = yaml.safe_load(dry_run(capsys, "kubernetes", *flags, "--env", "NOTE=a: b\t# c".replace("\t", " ")))
+    # As KubeRay's published definition of v1 has it: required fields, and types.
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name := manifest["metadata"]["name"]) and len(name) <= 47
+    assert all(isinstance(value, str) for value in manifest["metadata"]["annotations"].values())
+    spec = manifest["spec"]
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    assert spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"] is True
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 2
+    for group in (cluster["headGroupSpec"], workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"] == "me/mine:1"
+        assert {"name": "NOTE", "value": "a: b # c"} in container["env"]
+        reference = {"secretKeyRef": {"name": "mine", "key": "HF_TOKEN"}}
+        assert {"name": "HF_TOKEN", "valueFrom": reference} in container["env"]
+        assert container["volumeMounts"][0]["name"] == group["template"]["spec"]["volumes"][0]["name"]
+    assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+
+
+def test_an_archive_is_of_the_commit_and_only_of_it(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = "https://host/archive/{commit}.zip"
+    manifest = yaml.safe_load(dry_run(capsys, "kubernetes", "--code", archive))
+    commit = manifest["metadata"]["annotations"]["stadapter/commit"]
+    assert yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])["working_dir"] == f"https://host/archive/{commit}.zip"
+    (checkout / "new.py").touch()
+    words = ["--code", archive, "--dry-run", "--", "experiments/ablate.py", "--output", "/shared/runs"]
+    assert main(["submit", *BACKENDS["kubernetes"], *words]) == 2
+    assert "commit and push them" in capsys.readouterr().err
+
+
+def test_kubectl_gets_the_manifest_and_is_asked_by_name(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in: this machine has no Kubernetes."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "kubectl").write_text(f'#!/bin/sh\necho "$*" >> {tools}/said\necho Running RUNNING\n')
+    (tools / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    words = ["--apply", "--", "experiments/ablate.py", "--output", "/shared/runs"]
+    assert main(["submit", *BACKENDS["kubernetes"], *words]) == 0
+    (saved,) = (checkout / "runs" / "submissions").glob("*.json")
+    for verb in ("status", "logs", "stop"):
+        assert main(["submit", verb, saved.stem]) == 0
+    assert "running running" in capsys.readouterr().out
+    created, asked, logs, deleted = (tools / "said").read_text().splitlines()
+    assert created == f"create --filename runs/submissions/{saved.stem}.yaml"
+    assert asked.startswith(f"--namespace default get rayjob {saved.stem} ")
+    assert logs == f"--namespace default logs job/{saved.stem}"
+    assert deleted == f"--namespace default delete rayjob {saved.stem} --wait=false"
+
+
+def test_the_code_that_travels_is_what_git_would_commit(checkout: Path, tmp_path: Path) -> None:
+    for name in ("new.py", "data/clip.mp4", "results/trial.json"):
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_text(name)
+    job = submission.make_job(["experiments/ablate.py", "--output", "results"], [], [], shared_paths=True)
+    submission.copy_code(job, tmp_path / "copy")
+    copied = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    assert copied == {".gitignore", "experiments/ablate.py", "new.py"}
+
+
+def test_an_output_that_holds_the_checkout_leaves_no_code_out(checkout: Path, tmp_path: Path) -> None:
+    job = submission.make_job(["experiments/ablate.py", "--output", str(checkout.parent)], [], [], shared_paths=True)
+    submission.copy_code(job, tmp_path / "copy")
+    assert (tmp_path / "copy" / "experiments" / "ablate.py").exists()
+
+
+def test_too_much_code_names_the_file(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "MAX_CODE_BYTES", 100)
+    (checkout / "clip.mp4").write_bytes(bytes(200))
+    job = submission.make_job(["experiments/ablate.py"], [], [], shared_paths=True)
+    with pytest.raises(ConfigError, match=r"clip\.mp4"):
+        submission.copy_code(job, tmp_path / "copy")
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def submit(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stadapter.ablation", "submit", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | env,
+    )  # fmt: skip
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    for each in held:
+        each.bind(("127.0.0.1", 0))
+    return [each.getsockname()[1] for each in held]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray cluster of its own with token authentication: the environment in which to talk to it."""
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "token").write_text(secrets.token_hex(32))
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
+    scratch = f"/tmp/st-{os.getpid()}"  # short: it becomes part of a socket's name
+    port, dashboard, client = free_ports(3)
+    flags = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--num-cpus=2"]
+    flags += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", f"--temp-dir={scratch}"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the cluster's python
+    with (folder / "ray.txt").open("w") as log:
+        head = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *flags],
+            stdout=log, stderr=log, env=os.environ | env | {"PATH": path}, start_new_session=True,
+        )  # fmt: skip
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("RAY_AUTH_TOKEN_PATH", env["RAY_AUTH_TOKEN_PATH"])
+            ray_jobs.wait_for_nodes(f"http://127.0.0.1:{dashboard}", 1, timeout_s=60)
+        yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        head.terminate()
+        try:
+            head.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def submitted(records: Path) -> dict[str, Any]:
+    (path,) = records.glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_a_sweep_runs_as_a_ray_job(ray_cluster: dict[str, str], tiny_flags: list[str], tmp_path: Path) -> None:
+    records, output = tmp_path / "records", tmp_path / "runs"
+    sweep = ["--values", "3", "--seeds", "1", "--recipe", "embedded", "--tracking-uri", "none", *tiny_flags]
+    words = ["--", "experiments/ablate_kernel.py", *sweep, "--output", output]
+    done = submit("ray", "--records", records, *words, **ray_cluster)
+    assert done.returncode == 0, done.stderr
+    job = submitted(records)
+    logs = submit("logs", job["id"], "--follow", "--records", records, **ray_cluster)
+    assert "finished  kernel 3x3x3 seed 0" in logs.stdout, logs.stdout + logs.stderr
+    assert submit("status", job["id"], "--records", records, **ray_cluster).stdout.split()[-1] == "finished"
+    (trial,) = (output / "trials").iterdir()
+    result = record.read_result(trial)
+    assert result is not None
+    # It trained in a copy of the checkout, and knows of which commit.
+    assert json.loads((trial / record.RESULT).read_text())["git_commit"] == job["code"]["commit"]
+    token = Path(ray_cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert token not in logs.stdout + done.stdout + json.dumps(job)
+
+
+def test_stop_lets_the_driver_of_a_ray_job_end_gently(
+    ray_cluster: dict[str, str], checkout: Path, tmp_path: Path
+) -> None:
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    (checkout / "experiments" / "ablate.py").write_text(WAITS.format(started=str(started), ended=str(ended)))
+    records = tmp_path / "records"
+    arguments = ["ray", "--records", str(records), "--", "experiments/ablate.py", "--output", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in ray_cluster.items():
+            patched.setenv(name, value)
+        assert main(["submit", *arguments]) == 0
+        wait_until(started.exists)
+        id = submitted(records)["id"]
+        assert main(["submit", "stop", id, "--records", str(records)]) == 0
+        wait_until(ended.exists)
+        wait_until(lambda: ray_jobs.status(submitted(records)["facts"]).startswith("stopped"))
+
+
+WAITS = """
+import pathlib, signal, sys, time
+def end(number, frame):
+    time.sleep(3.5)  # longer than Ray's own patience
+    pathlib.Path({ended!r}).touch()
+    sys.exit(130)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path({started!r}).touch()
+time.sleep(60)
+"""
+
+
+def wait_until(holds: Any, timeout_s: float = 30) -> None:
+    until = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < until, "in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("token", "message"), [("wrong", "the token is not this cluster's"), (None, "is missing")])
+def test_a_token_that_is_wrong_or_missing_has_a_one_line_answer(
+    token: str | None, message: str, ray_cluster: dict[str, str], checkout: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ray_cluster["RAY_API_SERVER_ADDRESS"])
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray's own place for a token
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    if token:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    assert message in refusal(capsys, "ray", "--", "experiments/ablate.py", "--output", "/shared/runs")
+
+
+def test_an_address_where_nothing_answers_has_a_one_line_answer(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (port,) = free_ports(1)
+    address = ["--ray-address", f"http://127.0.0.1:{port}"]
+    assert "no Ray dashboard answers there" in refusal(
+        capsys, "ray", *address, "--", "experiments/ablate.py", "--output", "/shared/runs"
+    )
