@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +145,8 @@ def _question_of(doc: str) -> tuple[str, str]:
 def _num_gpus(options: argparse.Namespace) -> int:
     """How many GPUs the sweep uses, or a ConfigError where the flags ask for what is not there."""
     if options.address is not None and not options.plan:
+        # Ray's switch for who this machine is to a cluster: 127.0.0.1, or the address at which others reach it.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" if _listens_on_loopback_alone(options.address) else "1"
         from stadapter.ablation.sweep import join_cluster
 
         there, where = join_cluster(options.address), f"the cluster at {options.address}"
@@ -156,6 +159,23 @@ def _num_gpus(options: argparse.Namespace) -> int:
         raise ConfigError(f"--num-gpus {wanted}: {where} has {there}; --num-gpus 0 runs without")
     check_gpu_flags(options, wanted)
     return wanted
+
+
+def _listens_on_loopback_alone(address: str) -> bool:
+    """Whether the cluster at `address` can be reached from this machine alone, as one of a one-node Slurm job can."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
+        return False
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which address this machine has for others
+            mine = probe.getsockname()[0]
+        socket.create_connection((mine, int(port)), timeout=1).close()
+    except OSError:
+        return True
+    return False
 
 
 def processes_per_trial(options: argparse.Namespace, num_gpus: int, global_batch: int) -> int:

@@ -47,7 +47,9 @@ mkdir -m 700 "$folder/private" || fail "$folder cannot be written"
 # The address at which the other nodes reach this one.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=127.0.0.1
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # Ray's switch for one machine alone: every port listens on loopback
 if [ "$SLURM_NNODES" -gt 1 ]; then
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1
     other=$(scontrol show node --oneliner "${nodes[1]}" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     address=$("$python" -c '
 import socket, sys

@@ -15,6 +15,8 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ os.environ.update(
     TUNE_DISABLE_SIGINT_HANDLER="1",
     TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
 )
+
+# Ray's switch for machines that are no cluster: its ports listen on loopback alone. Read while Ray is imported; a
+# command that joins a cluster sets it before that (`stadapter.ablation.cli`).
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 if os.environ.get("STADAPTER_CACHE"):  # Tune gives every trial a working directory of its own
     os.environ["STADAPTER_CACHE"] = os.path.abspath(os.environ["STADAPTER_CACHE"])
@@ -49,6 +55,7 @@ from stadapter.running import Stopped
 from stadapter.train import Operation, World, train
 
 REACH_TIMEOUT_S = 5.0
+EPOCHS_POLL_S = 0.5
 ERROR = "error.txt"  # in a trial's folder: why it failed last
 Event = Callable[[str, Trial, dict[str, Any]], None]
 
@@ -292,7 +299,6 @@ def _train_in_several_processes(
 ) -> None:
     from ray import train as ray_train
     from ray.train.torch import TorchConfig, TorchTrainer, get_device
-    from ray.tune.integration.ray_train import TuneReportCallback
 
     if not wait and (owner := lock.owner_of(folder)):  # before Ray Train writes what it keeps there
         raise lock.Busy(f"{folder.name} is being written by {owner}")
@@ -314,12 +320,18 @@ def _train_in_several_processes(
             if busy[0]:
                 return
             with contextlib.suppress(Stopped):
-                train(
-                    recipe, folder, operation, world, lambda metrics: ray_train.report(metrics), should_stop=should_stop
-                )
+                train(recipe, folder, operation, world, should_stop=should_stop)
+
+    known = {line["epoch"] for line in record.read_metrics(folder)}
+
+    def report_epochs() -> None:
+        for line in record.read_metrics(folder):
+            if line["epoch"] not in known:
+                known.add(line["epoch"])
+                tune.report(line)
 
     per_worker = {"CPU": resources.cpus_per_process} | ({"GPU": 1} if resources.num_gpus else {})
-    TorchTrainer(
+    trainer = TorchTrainer(
         worker,
         train_loop_config={},
         torch_config=TorchConfig(backend="nccl" if resources.num_gpus else "gloo"),
@@ -331,9 +343,17 @@ def _train_in_several_processes(
         run_config=ray_train.RunConfig(
             name="ray_train",
             storage_path=str(folder),
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # is one; Ray types its base loosely
         ),
-    ).fit()
+    )
+    # The epochs are read from the folder, by the one thread that reports to Tune. Ray's own way from Train to Tune has
+    # a second thread report into the same queue of one place: when the last epoch meets this function's end there, both
+    # wait for ever.
+    with ThreadPoolExecutor(1) as pool:
+        fitting = pool.submit(trainer.fit)
+        while wait_for([fitting], timeout=EPOCHS_POLL_S).not_done:
+            report_epochs()
+        fitting.result()
+    report_epochs()
     # Workers return without a word when they were stopped, and when another process had the folder.
     if not (folder / record.RESULT).exists():
         if stop_file is not None and stop_file.exists():
