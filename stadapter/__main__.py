@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(recipe: Recipe, options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
+    from stadapter.ablation import lock
     from stadapter.data.bad_clips import BadClipsError
     from stadapter.running import Stopped
     from stadapter.train import Operation, TrainingError, join_world, train
@@ -110,9 +112,16 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
             measured = "  ".join(f"{name} {metrics[name]:.2f}" for name in ("train_loss", "val_top1", "clips_per_s"))
             print(f"epoch {metrics['epoch']}/{recipe.optim.epochs}  {measured}", flush=True)
 
+    locks = options.output.resolve().parent / "locks"
     try:
-        with StopSignals(announce, ONE_REQUEST_S) as signals:
+        with (
+            lock.writing(options.output.resolve(), locks=locks) if world.rank == 0 else contextlib.nullcontext(),
+            StopSignals(announce, ONE_REQUEST_S) as signals,
+        ):
             result = train(recipe, options.output, operation, world, on_epoch, on_step, signals.asked)
+    except lock.Busy as busy:
+        print(f"error: --output {options.output}: {busy}; choose another folder, or wait for its end", file=sys.stderr)
+        return 2
     except (TrainingError, BadClipsError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

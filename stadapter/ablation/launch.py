@@ -77,6 +77,7 @@ class Launch:
         self.request, self.terminal, self.mirror, self.stop = request, terminal, mirror, stop
         self.done = {t.id for t in request.selected if record.read_result(t.folder(request.output)) is not None}
         self.waited_for: set[str] = set()
+        self.broken = self._broken()
         self.met_another = False  # in the last round
         self.unwritten: record.WriteError | None = None  # what the ledger lacks
 
@@ -137,8 +138,15 @@ class Launch:
             time.sleep(lock.POLL_S)
         self.met_another = False
 
+    def _broken(self) -> set[Path]:
+        """The checkpoints that were found damaged, and set aside."""
+        return {path for trial in self.request.selected for path in self._folder(trial).glob("*.broken")}
+
     def event(self, kind: str, trial: Trial, details: dict[str, Any]) -> None:
         folder = self._folder(trial)
+        for path in set(folder.glob("*.broken")) - self.broken:
+            self.broken.add(path)
+            self.terminal.event("note", trial, {"message": f"a damaged checkpoint was set aside: {path.name}"})
         if kind == "finished":
             self.done.add(trial.id)
             details = record.read_result(folder) or {}

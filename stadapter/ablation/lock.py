@@ -62,20 +62,21 @@ def owner_of(folder: Path) -> Owner | None:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, command: str = "", *, wait: bool = False) -> Iterator[None]:
+def writing(folder: Path, command: str = "", *, wait: bool = False, locks: Path | None = None) -> Iterator[None]:
     """Be the only writer of a trial's folder. Raises Busy if there is one already; with `wait`, waits for its end.
 
-    `command` is what a person who finds the folder busy is told; by default this process's command line.
+    `command` is what a person who finds the folder busy is told; by default this process's command line. `locks` is
+    where the locks of a folder lie that belongs to no sweep.
     """
+    path = _owner_path(folder) if locks is None else locks / f"{folder.name}.owner"
     while True:
         try:
-            lock = _acquire(folder)
+            lock = _acquire(path)
             break
         except Busy:
             if not wait:
                 raise
             time.sleep(POLL_S)
-    path = _owner_path(folder)
     words = command or shlex.join(sys.argv)
     me = Owner(
         socket.gethostname(),
@@ -92,24 +93,24 @@ def writing(folder: Path, command: str = "", *, wait: bool = False) -> Iterator[
     finally:
         ended.set()
         if _read(path) == me:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a read-only disk; an owner whose process ended owns nothing
+                path.unlink(missing_ok=True)
         lock.release()
 
 
-def _acquire(folder: Path) -> FileLock:
-    path = _owner_path(folder)
+def _acquire(path: Path) -> FileLock:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_suffix(".lock")
     lock = FileLock(file, timeout=0, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
-        raise Busy(f"{folder.name} is being written by {_read(path) or 'another process'}") from None
+        raise Busy(f"{path.stem} is being written by {_read(path) or 'another process'}") from None
     owner = _read(path)
     os.utime(file)  # the file system's own clock, whatever this machine's says
     if owner and owner.machine != _machine() and _silent_s(path, file.stat().st_mtime) <= SILENT_S:
         lock.release()
-        raise Busy(f"{folder.name} is being written by {owner}")
+        raise Busy(f"{path.stem} is being written by {owner}")
     return lock
 
 

@@ -6,6 +6,7 @@ they run. The second ends everything at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -36,7 +37,8 @@ class GentleStop:
 
     def __exit__(self, *_: object) -> None:
         self._signals.__exit__()
-        self.file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that became read-only: what else it broke is told, not this
+            self.file.unlink(missing_ok=True)
 
     def _leave_file(self) -> None:
         write(1, "\nstopping: every trial that runs writes a checkpoint first; once more to stop at once\n")

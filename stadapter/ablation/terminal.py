@@ -57,6 +57,8 @@ class Terminal:
             text = f"top-1 {details['metrics']['top1']:.1f} %  in {details['seconds']:.0f} s"
             if bad := bad_clips_in_words(details):
                 text += f"  ({bad})"
+        elif kind == "note":
+            text = details["message"]
         else:
             self.running.pop(trial.id, None)
             text = details["message"] + ("; to be tried again" if details.get("again") else "")
