@@ -191,6 +191,40 @@ def test_the_manifest_has_the_shape_of_a_rayjob(checkout: Path, capsys: pytest.C
     assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
 
 
+def misfits(value: Any, fields: Any, where: str = "") -> list[str]:
+    """Where `value` is not what the published definition has there."""
+    if isinstance(fields, str):
+        types = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
+        allowed = tuple(types[word] for word in fields.split(" or "))
+        return [] if isinstance(value, allowed) else [f"{where}: {value!r} is no {fields}"]
+    if isinstance(fields, list):
+        if not isinstance(value, list):
+            return [f"{where}: is no array"]
+        return [line for n, each in enumerate(value) for line in misfits(each, fields[0], f"{where}[{n}]")]
+    if list(fields) == ["*"]:
+        return [line for name, each in value.items() for line in misfits(each, fields["*"], f"{where}.{name}")]
+    known = {name.rstrip("*"): below for name, below in fields.items()}
+    found = [f"{where}.{name}: is missing" for name in fields if name.endswith("*") and name[:-1] not in value]
+    for name, each in value.items():
+        found += misfits(each, known[name], f"{where}.{name}") if name in known else [f"{where}.{name}: is unknown"]
+    return found
+
+
+def test_every_field_of_the_manifest_is_one_of_kuberay_s_definition(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--gpus-per-worker", "8", "--secret", "mine", "--secret-env", "HF_TOKEN", "--env", "NOTE=a"]
+    manifest = yaml.safe_load(dry_run(capsys, "kubernetes", *flags, "--code", "https://host/{commit}.zip"))
+    metadata = manifest.pop("metadata")
+    assert set(metadata) == {"name", "namespace", "annotations"}
+    fields = json.loads((Path(__file__).parent / "data" / "rayjob_fields.json").read_text())["rayjob"]
+    assert misfits(manifest, fields) == []
+    manifest["spec"]["backoffLimit"] = "10"
+    manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["container"] = []
+    del manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    assert len(misfits(manifest, fields)) == 3  # it can tell
+
+
 def test_an_archive_is_of_the_commit_and_only_of_it(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = "https://host/archive/{commit}.zip"
     manifest = yaml.safe_load(dry_run(capsys, "kubernetes", "--code", archive))
