@@ -141,6 +141,15 @@ def many_trials_s(output: Path, recipe: Recipe, result: dict[str, Any]) -> dict[
         began = time.time()
         sync(sweep, output, f"sqlite:///{output}/mlflow.db")
         took[what] = time.time() - began
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{output}/mlflow.db")
+    began = time.time()
+    experiment = client.get_experiment_by_name("stadapter")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], "tags.trial_id LIKE '%'", max_results=2 * MANY)
+    took["MLflow finds them"] = time.time() - began
+    assert len({run.data.tags["trial_id"] for run in found}) == MANY
     return took
 
 
