@@ -3,6 +3,7 @@
 #   make ablations   every ablation on the embedded videos, then the report; under 45 minutes on 2 CPU cores
 #   make report      the report on what has been run
 #   make test        linters, type checker and test suite
+#   make faults      every fault that the tests can inject into a sweep, and the matrix of what it cost; 15 minutes
 # OUTPUT is the folder of trials and tables, SEEDS the trials per arm; a finished trial is never run again.
 # PYTHON chooses the interpreter (3.11 or newer), VENV the environment.
 
@@ -13,7 +14,7 @@ OUTPUT ?= runs
 SEEDS ?= 2
 EXPERIMENTS = $(sort $(wildcard experiments/*.py))
 
-.PHONY: demo ablations report test ui clean
+.PHONY: demo ablations report test faults ui clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python experiments/ablate_kernel.py
@@ -39,6 +40,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/faults --all-faults
 
 ui: $(VENV)/.installed
 	$(BIN)/python -m stadapter.ablation ui

@@ -1,4 +1,7 @@
-"""What is done is never done again, what failed is tried again so often, and no two processes write one trial."""
+"""What is done is never done again, what failed is tried again so often, and no two processes write one trial.
+
+Faults that happen to whole sweeps: tests/faults.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import made_up
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from stadapter import checkpointing, record
+from stadapter import record
 from stadapter.ablation import ledger, lock
 from stadapter.ablation.launch import Launch, Request
 from stadapter.ablation.stopping import GentleStop, watch
 from stadapter.ablation.sweep import write_error
 from stadapter.ablation.terminal import Terminal
 from stadapter.ablation.trial import Arm, make_sweep
-from stadapter.config import ConfigError, Recipe, identity, replace
-from stadapter.train import Operation, train
+from stadapter.config import ConfigError, Recipe, replace
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 KERNEL = str(ROOT / "experiments" / "ablate_kernel.py")
 
@@ -41,10 +40,6 @@ def words(flags: list[str], output: Path, *more: str) -> list[str]:
 
 def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
-
-
-def ids(output: Path) -> set[str]:
-    return {path.parent.name for path in output.glob("trials/*/result.json")}
 
 
 # --- which trials
@@ -178,87 +173,6 @@ def test_a_full_disk_is_told_in_one_line_and_does_not_break_into_ray(small_disk:
 
 
 # --- whole sweeps
-
-
-@pytest.fixture(scope="module")
-def slow_flags(tiny_flags: list[str]) -> list[str]:
-    return [*tiny_flags, "--set", "optim.epochs=40", "--values", "1", "3", "--seeds", "1", "--checkpoint-every", "0"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_recipe: Recipe, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same two trials, trained one after the other in this process."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    torch.set_num_threads(1)
-    for extent in (1, 3):
-        fields = {"optim.epochs": 40, "adapter.kernel_size": (extent, 3, 3)}
-        recipe = replace(tiny_recipe, **fields)
-        train(recipe, output / "trials" / identity(recipe), Operation(data_root=clip_folder))
-    return output
-
-
-def assert_same_trials(output: Path, undisturbed: Path) -> None:
-    """Every trial finished, with bitwise the weights and metrics of a sweep that nothing happened to."""
-    assert ids(output) == ids(undisturbed) and len(ids(output)) == 2
-    for trial in ids(output):
-        mine, expected = (record.read_result(folder / "trials" / trial) for folder in (output, undisturbed))
-        assert mine is not None and expected is not None and mine["metrics"] == expected["metrics"]
-        tensors = [load_file(folder / "trials" / trial / record.TRAINED) for folder in (output, undisturbed)]
-        assert all(tensors[0][name].equal(tensor) for name, tensor in tensors[1].items())
-
-
-def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 100
-    while not happened():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"it did not happen: {process.communicate()}")
-        time.sleep(0.02)
-
-
-def test_a_sweep_survives_kill_9_of_a_trial_and_of_the_driver_ctrl_c_and_two_launches_at_once(
-    slow_flags: list[str], undisturbed: Path, tmp_path: Path
-) -> None:
-    """One sweep, four faults, one after the other: every trial ends once, as if nothing had happened."""
-    command = words(slow_flags, tmp_path)
-
-    def begin(log: Path) -> subprocess.Popen[str]:
-        with open(log, "w") as file:
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, text=True)
-
-    # A trial's process dies: the same launch tries the trial again. Then the driver dies.
-    log = tmp_path / "first.log"
-    process = begin(log)
-    wait_for(process, lambda: len(list(tmp_path.glob("trials/*/checkpoint.previous.pt"))) == 2)
-    owner = sorted(tmp_path.glob("locks/*.owner"))[0]
-    os.kill(json.loads(owner.read_text())["pid"], signal.SIGKILL)
-    wait_for(process, lambda: "its process died (out of memory, or killed); to be tried again" in log.read_text())
-    wait_for(process, lambda: log.read_text().count("started ") == 3)
-    process.kill()
-    process.communicate()
-
-    # Ctrl-C: the trials write a checkpoint, and the message says how to go on.
-    log = tmp_path / "second.log"
-    process = begin(log)
-    wait_for(process, lambda: "started " in log.read_text())
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    said = log.read_text()
-    assert process.returncode == 130, said + err
-    assert "stopping: every trial that runs writes a checkpoint first" in said
-    assert "This continues them from their checkpoints:" in said
-
-    # Two launches at once: each trial goes on in one of them, and the other waits for it.
-    finished = ids(tmp_path)
-    states = {path.name: checkpointing.load(path, CPU) for path in tmp_path.glob("trials/*")}
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    both_said = [process.communicate(timeout=200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], both_said
-    assert_same_trials(tmp_path, undisturbed)
-    assert ids(tmp_path) > finished
-    for trial in ids(tmp_path) - finished:
-        result, state = record.read_result(tmp_path / "trials" / trial), states.get(trial)
-        assert result is not None and result["launches"] == (state["launches"] if state else 0) + 1
 
 
 def test_a_trial_that_failed_as_often_as_it_may_is_given_up(tiny_flags: list[str], tmp_path: Path) -> None:

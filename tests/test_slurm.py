@@ -1,117 +1,32 @@
-"""Slurm itself, on this machine: sweeps are submitted, signalled, put back into the queue, stopped and cancelled.
+"""Slurm itself, on this machine: jobs are submitted, signalled, put back into the queue, stopped and cancelled.
 
-Most tests have a stand-in for the script, and for Ray, which takes seconds to start; one runs a real sweep.
+With a stand-in for the script, and for Ray, which takes seconds to start; real sweeps meet Slurm in tests/faults.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import slurm_here
+from slurm_here import said, wait_until
 
-from stadapter import record
 from stadapter.ablation.__main__ import main
 from stadapter.ablation.slurm import status
 
-ROOT = Path(__file__).parent.parent
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "srun")
-MISSING = [tool for tool in NEEDED if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin") is None]
-pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (Debian: slurm-wlm and munge)"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="slurmctld and slurmd are started as root"),
-]
-
-CONFIGURATION = """\
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller}
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
-SlurmUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SchedulerParameters=sched_interval=1,bf_interval=1
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MpiDefault=none
-KillWait=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=2 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=2 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES State=UP
-"""
+pytestmark = slurm_here.needed
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Slurm cluster on loopback: two nodes of two CPUs, which are this machine."""
-    folder = Path(f"/tmp/stadapter-slurm-{os.getpid()}")  # short: it holds sockets
-    (folder / "state").mkdir(parents=True, mode=0o700)
-    (folder / "spool").mkdir()
-    held = [socket.socket() for _ in range(3)]
-    for each in held:
-        each.bind(("127.0.0.1", 0))
-    controller, first, second = (each.getsockname()[1] for each in held)
-    for each in held:
-        each.close()
-    key = folder / "munge.key"
-    key.touch(mode=0o600)
-    key.write_bytes(secrets.token_bytes(128))
-    configuration = folder / "slurm.conf"
-    host = socket.gethostname().split(".")[0]
-    configuration.write_text(
-        CONFIGURATION.format(host=host, folder=folder, controller=controller, first=first, second=second)
-    )
-    sbin = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin", "SLURM_CONF": str(configuration)}
-    places = {"key-file": key, "socket": folder / "munge.sock", "pid-file": folder / "munged.pid"}
-    places |= {"log-file": folder / "munged.log", "seed-file": folder / "munged.seed"}
-    daemons = [["munged", "--foreground", "--force", *(f"--{flag}={path}" for flag, path in places.items())]]
-    daemons += [["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
-    started = []
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setenv("SLURM_CONF", str(configuration))
-            for command in daemons:
-                started.append(
-                    subprocess.Popen(command, env=sbin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                )
-                if command[0] == "munged":
-                    wait_until(places["socket"].exists)
-            wait_until(lambda: said("sinfo", "-h", "-N", "-o", "%T").split() == ["idle", "idle"])
-            yield
-            said("scancel", "--user=root")
-            wait_until(lambda: not said("squeue", "-h"))
-    finally:
-        for daemon in reversed(started):
-            daemon.terminate()
-            daemon.wait(10)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def said(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout
-
-
-def wait_until(holds: Callable[[], Any], timeout_s: float = 60) -> None:
-    until = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < until, "in vain"
-        time.sleep(0.1)
+def slurm() -> Iterator[None]:
+    with slurm_here.running():
+        yield
 
 
 DRIVER = """
@@ -182,9 +97,7 @@ def test_a_job_told_by_slurm_goes_back_into_the_queue_and_finishes(
     # What Slurm itself does `--grace` seconds before the time limit, and at a pre-emption with send_user_signal.
     said("scancel", "--batch", "--signal=USR1", submitted["facts"]["job"])
     wait_until(lambda: "requeued 1x" in status(submitted["facts"]))
-    wait_until(lambda: "pending" in status(submitted["facts"]))
-    # A job that was put back waits for up to two minutes, for credentials to expire; this test does not.
-    said("scontrol", "update", f"JobId={submitted['facts']['job']}", "StartTime=now")
+    slurm_here.wait_out_the_requeue(submitted["facts"]["job"])
     wait_until(lambda: status(submitted["facts"]) == "finished")
     assert (output / "signals").read_text().split() == ["SIGUSR1"]
     assert len((output / "starts").read_text().split()) == 2
@@ -265,24 +178,3 @@ def test_what_slurm_refuses_has_a_one_line_answer(
     assert main(["submit", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: sbatch: ") and "invalid partition" in line
-
-
-def test_a_sweep_runs_on_two_nodes(slurm: None, tiny_flags: list[str], tmp_path: Path) -> None:
-    sweep = ["--values", "3", "--seeds", "1", "--recipe", "embedded", "--tracking-uri", "none", "--num-gpus", "0"]
-    words = ["experiments/ablate_kernel.py", *sweep, *tiny_flags, "--output", str(tmp_path / "runs")]
-    submit = [sys.executable, "-m", "stadapter.ablation", "submit"]
-    where = ["--records", str(tmp_path / "kept")]
-    nodes = ["slurm", "--nodes", "2", "--cpus-per-node", "1"]
-    done = subprocess.run([*submit, *nodes, *where, "--", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / "kept").glob("*.json")
-    submitted = json.loads(path.read_text())
-    wait_until(lambda: status(submitted["facts"]).startswith(("finished", "failed", "ended")), timeout_s=120)
-    folder = Path(submitted["facts"]["folder"])
-    log = (folder / "log.txt").read_text()
-    assert status(submitted["facts"]) == "finished", log + (folder / "ray.txt").read_text()
-    assert "finished  kernel 3x3x3 seed 0" in log
-    (trial,) = (tmp_path / "runs" / "trials").iterdir()
-    assert record.read_result(trial) is not None
-    assert not (folder / "private").exists()  # the token went with the job
-    assert not Path(f"/tmp/stadapter-{submitted['facts']['job']}-0").exists()
