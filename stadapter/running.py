@@ -43,6 +43,7 @@ class Learner:
     replica: torch.nn.Module  # the model, or its DistributedDataParallel wrapper
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler  # does nothing unless the precision is float16
+    frozen_sha256: str  # of what is not trained, before it was cast; rank 0 alone works it out
 
 
 @dataclass

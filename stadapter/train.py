@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import time
@@ -26,11 +25,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stadapter import machine, record
+from stadapter import machine, record, saved
 from stadapter.config import ConfigError, DataConfig, Recipe, flatten, identity
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList, load_clips
@@ -46,7 +44,6 @@ from stadapter.model import (
     build_model,
     cast_frozen,
     trainable_parameters,
-    trainable_state,
 )
 from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
 from stadapter.running import Clock, Learner, Run, World
@@ -186,16 +183,24 @@ def train(
         **machine.provenance(),
     }
     if world.rank == 0:
-        header = {"recipe": json.dumps(flatten(recipe)), "trial_id": identity(recipe)}
-        state = {name: tensor.contiguous() for name, tensor in trainable_state(learner.model).items()}
-        record.write_atomically(folder / record.TRAINED, safetensors_bytes(state, header))
+        saved.save(
+            folder / record.TRAINED,
+            learner.model,
+            recipe,
+            frozen_sha256=learner.frozen_sha256,
+            data=result["data"],
+            metrics=tested,
+            class_names=clips["test"].class_names,
+        )
         record.write_json(folder / record.RESULT, result)
     return result
 
 
 def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner:
     optim = recipe.optim
-    model = build_model(recipe, weights_file=operation.weights_file).to(world.device)
+    model = build_model(recipe, weights_file=operation.weights_file)
+    frozen_sha256 = saved.frozen_digest(model) if world.rank == 0 else ""
+    model = model.to(world.device)
     if optim.precision != "float32" and world.device.type == "cuda":
         cast_frozen(model, PRECISIONS[optim.precision])
     replica: torch.nn.Module = model
@@ -205,7 +210,7 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner
         # same seed or file; DistributedDataParallel still sends rank 0's once, which rules out a mix.
         replica = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=optim.precision == "float16")
-    return Learner(recipe, world, model, replica, make_optimizer(model, optim), scaler)
+    return Learner(recipe, world, model, replica, make_optimizer(model, optim), scaler, frozen_sha256)
 
 
 def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool) -> ClipDataset:
