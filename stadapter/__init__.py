@@ -1,3 +1,46 @@
-"""Finding out what matters when a frozen image transformer is adapted to video (ST-Adapter, arXiv 2206.13559)."""
+"""Finding out what matters when a frozen image transformer is adapted to video (ST-Adapter, arXiv 2206.13559).
+
+The names below are imported when they are first used, and PyTorch with them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stadapter.adapter import STAdapter
+    from stadapter.attach import (
+        adapter_state,
+        add_st_adapters,
+        clips_of,
+        load_adapter_state,
+        remove_st_adapters,
+        set_num_frames,
+    )
+    from stadapter.saved import load, load_into, save
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "STAdapter",
+    "adapter_state",
+    "add_st_adapters",
+    "clips_of",
+    "load",
+    "load_adapter_state",
+    "load_into",
+    "remove_st_adapters",
+    "save",
+    "set_num_frames",
+]
+
+_MODULES = {"STAdapter": "adapter", "load": "saved", "load_into": "saved", "save": "saved"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'attach')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

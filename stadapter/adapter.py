@@ -53,26 +53,28 @@ class STAdapter(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None, *, grid: tuple[int, int] | None = None
+    ) -> Tensor:
         """Tokens [M, 1 + N, D] -> tokens of the same shape; M must be a multiple of `num_frames`.
 
         What the bottleneck makes of `x_MSD` is added to `onto_MSD`, or to `x_MSD` itself where none is given. With
-        `adapt_cls`, CLS alone may come: [M, 1, D].
+        `adapt_cls`, CLS alone may come: [M, 1, D]. `grid` is (rows, columns) of patches, a square where none is given.
         """
         onto_MSD = x_MSD if onto_MSD is None else onto_MSD
         # CLS goes down with the rest and is dropped in the bottleneck: cheaper than copying N of N + 1 wide tokens.
         z_MSC = self.down(x_MSD)
         if self.adapts_cls:
-            z_MSC = torch.cat([self._alone(z_MSC[:, :1]), self._convolve(z_MSC[:, 1:], num_frames)], dim=1)
+            z_MSC = torch.cat([self._alone(z_MSC[:, :1]), self._convolve(z_MSC[:, 1:], num_frames, grid)], dim=1)
             return onto_MSD + self.up(self._activate(z_MSC))
-        z_MNC = self._activate(self._convolve(z_MSC[:, 1:], num_frames))
+        z_MNC = self._activate(self._convolve(z_MSC[:, 1:], num_frames, grid))
         return torch.cat([onto_MSD[:, :1], onto_MSD[:, 1:] + self.up(z_MNC)], dim=1)
 
     def _activate(self, z: Tensor) -> Tensor:
         return F.gelu(z) if self.activation == "gelu" else z
 
-    def _convolve(self, z_MNC: Tensor, num_frames: int) -> Tensor:
-        return depthwise(z_MNC, self.conv.weight, self.conv.bias, num_frames) if z_MNC.shape[1] else z_MNC
+    def _convolve(self, z_MNC: Tensor, num_frames: int, grid: tuple[int, int] | None) -> Tensor:
+        return depthwise(z_MNC, self.conv.weight, self.conv.bias, num_frames, grid) if z_MNC.shape[1] else z_MNC
 
     def _alone(self, z_M1C: Tensor) -> Tensor:
         """What the zero-padded convolution makes of a token without neighbours."""
@@ -82,22 +84,26 @@ class STAdapter(nn.Module):
         return (z_M1C * centre_C + self.conv.bias).to(z_M1C.dtype)
 
 
-def depthwise(z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int) -> Tensor:
+def depthwise(
+    z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int, grid: tuple[int, int] | None = None
+) -> Tensor:
     """Depthwise convolution over (frame, row, column), zero-padded: [M, N, C] -> [M, N, C], weight [C, 1, kT, kH, kW].
 
     What `F.conv3d` gives, by 2-D convolutions that read the tokens where they lie (channels last): 6 to 18 times
     faster for a temporal kernel and 1.4 to 2.5 times for 3x3x3, forward and backward on a CPU.
     """
     if z_MNC.device.type != "cpu":
-        return _depthwise(z_MNC, weight, bias, num_frames)
+        return _depthwise(z_MNC, weight, bias, num_frames, grid)
     # A CPU convolves bfloat16 2 to 3.5 times slower than float32.
     dtype = torch.float32 if z_MNC.dtype in (torch.bfloat16, torch.float16) else z_MNC.dtype
     with torch.autocast("cpu", enabled=False):
         cast_bias = None if bias is None else bias.to(dtype)
-        return _depthwise(z_MNC.to(dtype), weight.to(dtype), cast_bias, num_frames).to(z_MNC.dtype)
+        return _depthwise(z_MNC.to(dtype), weight.to(dtype), cast_bias, num_frames, grid).to(z_MNC.dtype)
 
 
-def _depthwise(z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int) -> Tensor:
+def _depthwise(
+    z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int, grid: tuple[int, int] | None
+) -> Tensor:
     M, N, C = z_MNC.shape
     T = num_frames
     kT, kH, kW = weight.shape[2:]
@@ -107,8 +113,8 @@ def _depthwise(z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: i
         out_BCTN = F.conv2d(image_BCTN, weight.squeeze(-1), bias, padding=(kT // 2, 0), groups=C)
         return out_BCTN.permute(0, 2, 3, 1).reshape(M, N, C)
     # One 2-D convolution per temporal tap; the tap for offset dt adds frame t + dt's answer to frame t.
-    side = round(N**0.5)
-    image_MCHW = z_MNC.reshape(M, side, side, C).permute(0, 3, 1, 2)
+    rows, columns = grid or (round(N**0.5),) * 2
+    image_MCHW = z_MNC.reshape(M, rows, columns, C).permute(0, 3, 1, 2)
 
     def convolve(tap: int, tap_bias: Tensor | None) -> Tensor:
         out_MCHW = F.conv2d(image_MCHW, weight[:, :, tap], tap_bias, padding=(kH // 2, kW // 2), groups=C)

@@ -1,0 +1,301 @@
+"""ST-Adapters in somebody else's vision transformer, in place: for a training loop that is not ours.
+
+    vit = timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True, num_classes=0)
+    add_st_adapters(vit, num_frames=8)
+    features = vit(frames)  # [B * T, 3, H, W], the frames of a clip one after another
+
+A block keeps its parameters, their names and its place; its class becomes one derived from its own, whose `forward`
+takes the same two branches with adapters around them. So copying, saving, compiling and distributing go on as before.
+
+Shapes: B clips, T frames, M = B * T images, P tokens that are no patches (class, register, distillation), S = P + N
+tokens per image, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stadapter.adapter import STAdapter
+from stadapter.config import AdapterConfig, ConfigError, Placement
+from stadapter.model import load_trainable_state, trainable_state
+from stadapter.placement import PLACES, blocks_with_adapter, make_adapter
+
+V = TypeVar("V", bound=nn.Module)
+
+_ADAPTERS, _TOKENS, _WAS_TRAINED = "st_adapters", "st_tokens", "st_was_trained"
+
+
+def add_st_adapters(
+    vit: V,
+    num_frames: int = 8,
+    bottleneck_width: int = 384,
+    kernel_size: tuple[int, int, int] = (3, 1, 1),
+    placement: Placement = "before_mhsa",
+    blocks: tuple[int, ...] | None = None,
+) -> V:
+    """Put ST-Adapters into a plain ViT and freeze everything else in it; returns the same module.
+
+    `vit` is timm's VisionTransformer, the image tower of open_clip or of OpenAI's CLIP (`model.visual`), or
+    torchvision's VisionTransformer. It is called with images [B * T, 3, H, W] as before, and gives per image what it
+    gave before: a fresh adapter is the identity. Only patches are adapted; class, register and distillation tokens
+    pass. `kernel_size` is (t, h, w), odd; `blocks` are 0-based, None is all of them.
+
+    Adapters are float32 (or as precise as the backbone, if that is more), on the device of their block. A head that the
+    module has is frozen with the rest: `vit.head.requires_grad_()` trains it. ConfigError for what cannot work, with
+    the module as it was.
+    """
+    if placement not in get_args(Placement):
+        raise ConfigError(f"placement = {placement}: must be one of {', '.join(get_args(Placement))}")
+    if next(_adapted_blocks(vit), None) is not None:
+        raise ConfigError(f"{type(vit).__name__}: has ST-Adapters already; remove_st_adapters takes them out")
+    adapter = AdapterConfig(bottleneck_width, kernel_size, placement=placement, blocks=blocks)
+    tokens = dataclasses.replace(_describe(vit), num_frames=_checked(num_frames))
+    all_blocks = list(_blocks(vit))
+    places = {place: blocks_with_adapter(adapter, place, len(all_blocks)) for place in PLACES}
+    for block in all_blocks:
+        _branches(type(block), block)
+    setattr(vit, _WAS_TRAINED, [name for name, parameter in vit.named_parameters() if parameter.requires_grad])
+    vit.requires_grad_(False)
+    for index, block in enumerate(all_blocks):
+        here = [place for place, numbers in places.items() if index in numbers]
+        if here:
+            like = next(block.parameters())
+            width = next(module for module in block.modules() if isinstance(module, nn.LayerNorm)).normalized_shape[0]
+            made = nn.ModuleDict({place: make_adapter(adapter, width, plain=False) for place in here})
+            block.add_module(_ADAPTERS, made.to(like.device, torch.promote_types(like.dtype, torch.float32)))
+            setattr(block, _TOKENS, tokens)
+            block.__class__ = _adapted_class(type(block))
+    return vit
+
+
+def remove_st_adapters(vit: V) -> V:
+    """Take the adapters out again; returns the same module, as it was, with the same parameters trained."""
+    for block in list(_adapted_blocks(vit)):
+        block.__class__ = block.plain_class
+        delattr(block, _ADAPTERS)
+        delattr(block, _TOKENS)
+    if hasattr(vit, _WAS_TRAINED):
+        for name in getattr(vit, _WAS_TRAINED):
+            vit.get_parameter(name).requires_grad_(True)
+        delattr(vit, _WAS_TRAINED)
+    return vit
+
+
+def set_num_frames(vit: nn.Module, num_frames: int) -> None:
+    """From the next call on, the images are clips of this many frames."""
+    blocks = list(_adapted_blocks(vit))
+    if not blocks:
+        raise ConfigError(f"{type(vit).__name__}: has no ST-Adapters; add_st_adapters puts them in")
+    for block in blocks:
+        setattr(block, _TOKENS, dataclasses.replace(getattr(block, _TOKENS), num_frames=_checked(num_frames)))
+
+
+@contextlib.contextmanager
+def clips_of(vit: nn.Module, num_frames: int) -> Iterator[None]:
+    """Inside, the images are clips of this many frames. With activation checkpointing, `backward` belongs inside."""
+    before = next((getattr(block, _TOKENS).num_frames for block in _adapted_blocks(vit)), num_frames)
+    set_num_frames(vit, num_frames)
+    try:
+        yield
+    finally:
+        set_num_frames(vit, before)
+
+
+def adapter_state(vit: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by name: the adapters, and whatever else was unfrozen. Detached, not copied."""
+    return trainable_state(vit)
+
+
+def load_adapter_state(vit: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `adapter_state`, in place. ConfigError unless names and shapes are exactly those trained here."""
+    load_trainable_state(vit, state)
+
+
+# --- a block with adapters
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What a block's tokens are."""
+
+    num_prefix: int  # P
+    grid: tuple[int, int]  # (rows, columns) of patches
+    tokens_first: bool = False  # [S, M, D], as attention wanted it once
+    num_frames: int = 8
+
+
+class _Adapted:
+    """What is derived from this and from a block's class is that block with adapters."""
+
+    plain_class: type[nn.Module]
+    st_adapters: nn.ModuleDict
+    st_tokens: _Tokens
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[M, S, D] or, with `tokens_first`, [S, M, D]; further arguments are the block's own."""
+        attend, mlp = _branches(self.plain_class)
+        input_x = x
+        x = self._adapt("before", x)
+        x = x + attend(self, x, *args, **kwargs)
+        x = self._adapt("after", x)
+        x = x + mlp(self, x)
+        x = self._adapt("after_mlp", x)
+        return self._adapt("parallel", input_x, onto=x)
+
+    def _adapt(self, place: str, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """What the adapter at this place makes of `x`, added to `onto` or to `x`; without one, that itself."""
+        onto = x if onto is None else onto
+        if place not in self.st_adapters:
+            return onto
+        adapter = self.st_adapters[place]
+        assert isinstance(adapter, STAdapter)
+        tokens = self.st_tokens
+        if tokens.tokens_first:
+            return _adapt_patches(adapter, x.transpose(0, 1), onto.transpose(0, 1), tokens).transpose(0, 1)
+        return _adapt_patches(adapter, x, onto, tokens)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made while the program runs: a pickle names the one that it was made from.
+        return _without_content, (self.plain_class,), self.__getstate__()
+
+
+_ADAPTED_CLASSES: dict[type[nn.Module], Any] = {}
+
+
+def _adapted_class(plain: type[nn.Module]) -> Any:
+    if plain not in _ADAPTED_CLASSES:
+        _ADAPTED_CLASSES[plain] = type(f"{plain.__name__}WithSTAdapters", (_Adapted, plain), {"plain_class": plain})
+    return _ADAPTED_CLASSES[plain]
+
+
+def _without_content(plain: type[nn.Module]) -> Any:
+    adapted = _adapted_class(plain)
+    return adapted.__new__(adapted)
+
+
+def _adapt_patches(adapter: STAdapter, x_MSD: Tensor, onto_MSD: Tensor, tokens: _Tokens) -> Tensor:
+    M, P, N = x_MSD.shape[0], tokens.num_prefix, x_MSD.shape[1] - tokens.num_prefix
+    if M % tokens.num_frames:
+        raise ConfigError(
+            f"{M} images are no clips of {tokens.num_frames} frames; set_num_frames(vit, ...) says how many there are"
+        )
+    if tokens.grid[0] * tokens.grid[1] != N and adapter.conv.kernel_size[1:] != (1, 1):
+        raise ConfigError(
+            f"{N} patches, but the adapters were made for {tokens.grid[0]} x {tokens.grid[1]}: a kernel of spatial "
+            "extent must know their grid; give images of the size that the model had, or set its size before "
+            "add_st_adapters"
+        )
+    dtype, out_dtype = adapter.down.weight.dtype, onto_MSD.dtype
+    if not torch.is_autocast_enabled(x_MSD.device.type):  # a backbone in half precision keeps float32 adapters
+        x_MSD, onto_MSD = x_MSD.to(dtype), onto_MSD.to(dtype)
+    if P == 1:
+        return adapter(x_MSD, tokens.num_frames, onto_MSD, grid=tokens.grid).to(out_dtype)
+    # The adapter lets exactly one token pass in front of the patches: a blank one stands there for none or several.
+    padded_MSD, onto_padded_MSD = (F.pad(tensor[:, P:], (0, 0, 1, 0)) for tensor in (x_MSD, onto_MSD))
+    patches_MND = adapter(padded_MSD, tokens.num_frames, onto_padded_MSD, grid=tokens.grid)[:, 1:]
+    return torch.cat([onto_MSD[:, :P], patches_MND], dim=1).to(out_dtype)
+
+
+# --- what timm, open_clip, OpenAI and torchvision call things
+
+_Branch = Callable[..., Tensor]
+
+
+def _timm_attend(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **kwargs)))
+
+
+def _timm_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _open_clip_attend(
+    block: Any, x: Tensor, k_x: None = None, v_x: None = None, attn_mask: Tensor | None = None
+) -> Tensor:
+    return block.ls_1(block.attention(block.ln_1(x), attn_mask=attn_mask))
+
+
+def _open_clip_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _openai_attend(block: Any, x: Tensor) -> Tensor:
+    return block.attention(block.ln_1(x))
+
+
+def _torchvision_attend(block: Any, x: Tensor) -> Tensor:
+    h = block.ln_1(x)
+    return block.dropout(block.self_attention(h, h, h, need_weights=False)[0])
+
+
+def _plain_mlp(block: Any, x: Tensor) -> Tensor:
+    return block.mlp(block.ln_2(x))
+
+
+def _branches(block_class: type[nn.Module], block: nn.Module | None = None) -> tuple[_Branch, _Branch]:
+    """What attention and MLP add to the tokens in blocks of this class; ConfigError for one that is not known."""
+    known: dict[tuple[str, str], tuple[_Branch, _Branch]] = {
+        ("timm.models.vision_transformer", "Block"): (_timm_attend, _timm_mlp),
+        ("open_clip.transformer", "ResidualAttentionBlock"): (_open_clip_attend, _open_clip_mlp),
+        ("torchvision.models.vision_transformer", "EncoderBlock"): (_torchvision_attend, _plain_mlp),
+    }
+    place = (block_class.__module__, block_class.__qualname__)
+    if place in known:
+        return known[place]
+    # OpenAI's code is a file that people copy: it is known by what it holds.
+    openai = {"attn", "ln_1", "mlp", "ln_2"}
+    if block_class.__name__ == "ResidualAttentionBlock" and (
+        block is None or {name for name, _ in block.named_children()} == openai
+    ):
+        return _openai_attend, _plain_mlp
+    raise ConfigError(
+        f"{'.'.join(place)}: is not a plain transformer block; take a ViT with timm's Block, open_clip's or OpenAI "
+        "CLIP's ResidualAttentionBlock, or torchvision's EncoderBlock"
+    )
+
+
+def _blocks(vit: Any) -> Any:
+    """The transformer's blocks, in their order."""
+    if hasattr(vit, "blocks"):
+        return vit.blocks
+    return vit.transformer.resblocks if hasattr(vit, "transformer") else vit.encoder.layers
+
+
+def _describe(vit: Any) -> _Tokens:
+    name = type(vit).__name__
+    if hasattr(vit, "blocks") and hasattr(vit, "num_prefix_tokens") and hasattr(vit.patch_embed, "grid_size"):
+        tokens, dropout = _Tokens(vit.num_prefix_tokens, tuple(vit.patch_embed.grid_size)), vit.patch_drop
+    elif hasattr(vit, "conv1") and hasattr(getattr(vit, "transformer", None), "resblocks"):
+        side = round((len(vit.positional_embedding) - 1) ** 0.5)
+        grid = tuple(getattr(vit, "grid_size", (side, side)))
+        tokens_first = not getattr(vit.transformer, "batch_first", False)
+        tokens, dropout = _Tokens(1, grid, tokens_first), getattr(vit, "patch_dropout", nn.Identity())
+    elif hasattr(vit, "conv_proj") and hasattr(getattr(vit, "encoder", None), "layers"):
+        side = vit.image_size // vit.patch_size
+        tokens, dropout = _Tokens(1, (side, side)), nn.Identity()
+    else:
+        tower = "; pass its image tower, model.visual" if hasattr(vit, "visual") else ""
+        raise ConfigError(
+            f"{name}: is not a plain vision transformer of timm, open_clip, OpenAI's CLIP or torchvision{tower}"
+        )
+    if not isinstance(dropout, nn.Identity | None):
+        raise ConfigError(f"{name}: drops patches at random in training, so frames would not match; build it without")
+    return tokens
+
+
+def _adapted_blocks(vit: nn.Module) -> Iterator[Any]:
+    return (module for module in vit.modules() if isinstance(module, _Adapted))
+
+
+def _checked(num_frames: int) -> int:
+    if num_frames < 1:
+        raise ConfigError(f"num_frames = {num_frames}: must be at least 1")
+    return num_frames
