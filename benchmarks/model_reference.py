@@ -20,12 +20,13 @@ class PlainAdapter(nn.Module):
     def __init__(self, width: int, bottleneck_width: int, kernel_size: tuple[int, int, int]) -> None:
         super().__init__()
         self.down = nn.Linear(width, bottleneck_width)
-        padding = tuple(extent // 2 for extent in kernel_size)
+        kT, kH, kW = kernel_size
+        padding = (kT // 2, kH // 2, kW // 2)
         self.conv = nn.Conv3d(bottleneck_width, bottleneck_width, kernel_size, padding=padding, groups=bottleneck_width)
         self.up = nn.Linear(bottleneck_width, width)
 
     def forward(self, x_MSD: Tensor, num_frames: int) -> Tensor:
-        M, S, D = x_MSD.shape
+        M, S = x_MSD.shape[:2]
         side = round((S - 1) ** 0.5)
         cls_M1D, patches_MND = x_MSD[:, :1], x_MSD[:, 1:]
         z_BTHWC = self.down(patches_MND).view(M // num_frames, num_frames, side, side, -1)
