@@ -65,6 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--clips-per-pass", type=int, metavar="N", help="clips in one pass of a process; more are accumulated"
     )
     train.add_argument(
+        "--recompute", action="store_true",
+        help="compute the MLPs again in the backward pass: less memory, more time, the same numbers",
+    )  # fmt: skip
+    train.add_argument(
         "--checkpoint-every", type=float, default=DEFAULT_CHECKPOINT_EVERY_S, metavar="SECONDS",
         help="within an epoch; each epoch ends with a checkpoint as well (default: %(default)g)",
     )  # fmt: skip
@@ -94,6 +98,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
         options.num_workers,
         options.clips_per_pass,
         checkpoint_every_s=options.checkpoint_every,
+        recompute=options.recompute,
         **reading_flags(options),
     )
     live = sys.stderr.isatty()

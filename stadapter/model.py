@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stadapter.backbones import load_backbone
 from stadapter.config import AdapterConfig, ConfigError, Recipe, RivalConfig, Strategy, derive_seed
@@ -64,6 +65,7 @@ class VideoClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.vit = vit
+        self.recompute = False  # what the MLPs keep for the backward pass is computed again there: see Operation
         self.adapters_are_own = own_adapter is not None
         shape, rival = vit.shape, rival or RivalConfig()
         for place in PLACES:
@@ -174,7 +176,7 @@ class VideoClassifier(nn.Module):
             behind = {place: adapter for place, adapter in behind.items() if _adapts_cls(adapter)}
         if "after" in behind:
             x_MSD = behind["after"](x_MSD, num_frames)
-        x_MSD = x_MSD + block.mlp(x_MSD)
+        x_MSD = x_MSD + (_recomputed(block.mlp, x_MSD) if self.recompute else block.mlp(x_MSD))
         if "after_mlp" in behind:
             x_MSD = behind["after_mlp"](x_MSD, num_frames)
         if "parallel" in behind:
@@ -307,6 +309,11 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3]) or "nothing"
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, keeping x alone for the backward pass; it draws no random numbers."""
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False) if x.requires_grad else function(x)
 
 
 def _graph_if(wanted: bool) -> contextlib.AbstractContextManager[None]:

@@ -71,6 +71,7 @@ class Operation:
     cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
     elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
     checkpoint_every_s: float = record.DEFAULT_CHECKPOINT_EVERY_S  # in an epoch; 0: every step
+    recompute: bool = False  # the MLPs' activations in the backward pass: less memory, more time, the same bits
 
     def __post_init__(self) -> None:
         if self.clips_per_pass is not None and self.clips_per_pass < 1:
@@ -201,6 +202,7 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner
     model = build_model(recipe, weights_file=operation.weights_file)
     frozen_sha256 = saved.frozen_digest(model) if world.rank == 0 else ""
     model = model.to(world.device)
+    model.recompute = operation.recompute
     if optim.precision != "float32" and world.device.type == "cuda":
         cast_frozen(model, PRECISIONS[optim.precision])
     replica: torch.nn.Module = model

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import multiprocessing
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from stadapter import config, record
 from stadapter import train as train_module
@@ -180,6 +181,51 @@ def test_accumulating_small_passes_changes_only_rounding(
 ) -> None:
     train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, clips_per_pass=3))
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_recomputing_activations_changes_no_bit(
+    undisturbed: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+) -> None:
+    train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, recompute=True))
+    assert numbers(tmp_path) == numbers(undisturbed)
+    expected, got = (load_file(folder / record.TRAINED) for folder in (undisturbed, tmp_path))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def _count_reduced_bytes(rank: int, rendezvous: str, recipe: Recipe, root: Path, folder: Path) -> None:
+    """Two passes to a step; each process writes down how many bytes of gradients its steps exchanged."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    exchanged: list[int] = []
+    make_learner = train_module._make_learner
+
+    def counted(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanged.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: the default group
+
+    def watched(*arguments: Any) -> Any:
+        learner = make_learner(*arguments)
+        # A lambda, since the annotations of this module are text, which this interface refuses.
+        learner.replica.register_comm_hook(None, lambda state, bucket: counted(bucket))
+        return learner
+
+    train_module._make_learner = watched
+    try:
+        train(recipe, folder, Operation(data_root=root, clips_per_pass=1), World(rank, 2))
+        (folder / f"exchanged-{rank}").write_text(str(sum(exchanged)))
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_only_trained_gradients_are_exchanged_and_once_per_step(
+    tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
+) -> None:
+    arguments = (f"file://{tmp_path}/rendezvous", tiny_recipe, clip_folder, tmp_path)
+    multiprocessing.spawn(_count_reduced_bytes, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    steps = 8  # 2 epochs of 16 clips, 4 to a step
+    trained = sum(parameter.numel() for parameter in trainable_parameters(build_model(tiny_recipe)).values())
+    assert [int((tmp_path / f"exchanged-{rank}").read_text()) for rank in range(2)] == [steps * trained * 4] * 2
 
 
 def test_loader_processes_change_no_number(
