@@ -55,6 +55,14 @@ def test_only_chooses_trials_by_words_in_their_names() -> None:
         ledger.select(trials, ["kernel 9"])
 
 
+@pytest.mark.parametrize(
+    ("sweep", "recipe"), [("../kernel", "embedded"), ("kernel", "../../mine"), ("a/b", "embedded")]
+)
+def test_a_name_that_leads_out_of_the_output_folder_is_refused(sweep: str, recipe: str, tiny_recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match="becomes that of a folder"):
+        make_sweep(sweep, "?", replace(tiny_recipe, name=recipe), [Arm("only", {})], 1)
+
+
 def test_force_keeps_the_old_record_and_forgets_failures(tmp_path: Path) -> None:
     sweep = made_up.kernel_sweep(1)
     made_up.write(sweep, tmp_path, made_up.KERNEL, leave_out=1)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,11 @@ class Sweep:
 
 def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], seeds: int, expected: str = "") -> Sweep:
     """Every arm with seeds 0 ... seeds - 1, seeds innermost. ConfigError where two arms are the same training."""
+    for what, text in (("sweep", name), ("recipe", recipe.name)):
+        if not re.fullmatch(r"\w[\w.+-]*", text):
+            raise ConfigError(
+                f"the {what}'s name {text!r}: becomes that of a folder; letters, digits, _ . + and - only"
+            )
     trials = []
     seen: dict[str, str] = {}
     for arm in arms:
