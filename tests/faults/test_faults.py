@@ -556,6 +556,7 @@ class SlurmJob:
 
 
 @slurm_here.needed
+@pytest.mark.long
 def test_a_pre_empted_slurm_job_goes_back_into_the_queue_and_finishes(
     slurm: None, sweep: Sweep, undisturbed: Sweep
 ) -> None:
