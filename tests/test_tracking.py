@@ -101,7 +101,7 @@ class Store:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """One SQLite store for all tests (it takes seconds to create); each test has a sweep of another name in it."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    Mirror(a_sweep("creates the store"), tmp_path_factory.mktemp("none"), uri).start()
+    Mirror(a_sweep("creates_the_store"), tmp_path_factory.mktemp("none"), uri).start()
     return Store(uri)
 
 
