@@ -33,9 +33,10 @@ from benchmarks.model_reference import PlainAdapter, PlainClassifier
 from stadapter import machine, recipes
 from stadapter.adapter import STAdapter
 from stadapter.config import AdapterConfig
-from stadapter.model import VideoClassifier, trainable_parameters
+from stadapter.model import VideoClassifier, cast_frozen, trainable_parameters
 from stadapter.optim import make_optimizer
 from stadapter.strategies import freeze
+from stadapter.train import PRECISIONS
 from stadapter.vit import EMBEDDED_SHAPE, ViT, VitShape, seed_weights
 
 CPU = torch.device("cpu")
@@ -186,7 +187,9 @@ def adapter_pairs(kernel: tuple[int, int, int]) -> tuple[list[Pair], tuple[float
 def model_pairs(name: str, precision: str) -> tuple[list[Pair], tuple[float, float]]:
     model, plain, pixels = models(name)
     found = differences(model, plain, lambda module: module(pixels))
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    dtype = PRECISIONS[precision]
+    if precision != "float32":
+        cast_frozen(model, dtype)  # as a training does
     trained = trainable_parameters(plain).values()
     step = (
         training_step(plain, torch.optim.AdamW(trained, lr=1e-4), pixels, dtype),
@@ -222,8 +225,10 @@ def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
 def memory_of(way: str, name: str, precision: str) -> tuple[float, float]:
     """MiB saved by the forward pass, and by which a training step raises the resident memory of this process."""
     model, plain, pixels = models(name)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    dtype = PRECISIONS[precision]
     model.recompute = way == "recompute"
+    if precision != "float32":
+        cast_frozen(model, dtype)
     module: nn.Module = plain if way == "plain" else model
     optimizer = (
         torch.optim.AdamW(trainable_parameters(plain).values())

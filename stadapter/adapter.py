@@ -11,9 +11,13 @@ Shapes: M = B * T images (B clips of T frames, the frames of a clip one after an
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stadapter import lean
 
 
 class STAdapter(nn.Module):
@@ -61,20 +65,27 @@ class STAdapter(nn.Module):
         What the bottleneck makes of `x_MSD` is added to `onto_MSD`, or to `x_MSD` itself where none is given. With
         `adapt_cls`, CLS alone may come: [M, 1, D]. `grid` is (rows, columns) of patches, a square where none is given.
         """
+        if not self.adapts_cls and x_MSD.shape[1] > 1 and lean.wanted(x_MSD, onto_MSD, *self.parameters()):
+            layers = (p for layer in (self.down, self.conv, self.up) for p in (layer.weight, layer.bias))
+            return lean.Adapt.apply(x_MSD, onto_MSD, *layers, functools.partial(self._middle, num_frames, grid))
         onto_MSD = x_MSD if onto_MSD is None else onto_MSD
         # CLS goes down with the rest and is dropped in the bottleneck: cheaper than copying N of N + 1 wide tokens.
         z_MSC = self.down(x_MSD)
         if self.adapts_cls:
-            z_MSC = torch.cat([self._alone(z_MSC[:, :1]), self._convolve(z_MSC[:, 1:], num_frames, grid)], dim=1)
-            return onto_MSD + self.up(self._activate(z_MSC))
-        z_MNC = self._activate(self._convolve(z_MSC[:, 1:], num_frames, grid))
+            parts = [self._alone(z_MSC[:, :1])]
+            if z_MSC.shape[1] > 1:
+                parts.append(depthwise(z_MSC[:, 1:], self.conv.weight, self.conv.bias, num_frames, grid))
+            return onto_MSD + self.up(self._activate(torch.cat(parts, dim=1)))
+        z_MNC = self._middle(num_frames, grid, z_MSC[:, 1:], self.conv.weight, self.conv.bias)
         return torch.cat([onto_MSD[:, :1], onto_MSD[:, 1:] + self.up(z_MNC)], dim=1)
+
+    def _middle(
+        self, num_frames: int, grid: tuple[int, int] | None, z_MNC: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return self._activate(depthwise(z_MNC, weight, bias, num_frames, grid))
 
     def _activate(self, z: Tensor) -> Tensor:
         return F.gelu(z) if self.activation == "gelu" else z
-
-    def _convolve(self, z_MNC: Tensor, num_frames: int, grid: tuple[int, int] | None) -> Tensor:
-        return depthwise(z_MNC, self.conv.weight, self.conv.bias, num_frames, grid) if z_MNC.shape[1] else z_MNC
 
     def _alone(self, z_M1C: Tensor) -> Tensor:
         """What the zero-padded convolution makes of a token without neighbours."""
@@ -107,6 +118,9 @@ def _depthwise(
     M, N, C = z_MNC.shape
     T = num_frames
     kT, kH, kW = weight.shape[2:]
+    if kT == kH == kW == 1:
+        out_MNC = z_MNC * weight.view(C)
+        return out_MNC if bias is None else out_MNC + bias
     if kH == kW == 1:
         # Purely temporal: an "image" of T rows and N columns, and a kernel one column wide.
         image_BCTN = z_MNC.reshape(M // T, T, N, C).permute(0, 3, 1, 2)

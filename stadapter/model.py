@@ -13,6 +13,7 @@ Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), D wid
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from pathlib import Path
@@ -150,10 +151,15 @@ class VideoClassifier(nn.Module):
         # What CLS gathers from the patches in an adapter of somebody's own is not known: then all tokens are computed.
         gathers = self.adapters_are_own and any(map(_adapts_cls, self._adapters_behind(last)))
         reads_cls_only = self.pool is None and not gathers
-        for index in range(last + 1):
+        for index in range(last):
             with _graph_if(index >= first):  # below the first trained block nothing needs a gradient
-                x_MSD = self.block(index, x_MSD, num_frames, cls_only=index == last and reads_cls_only)
-        return x_MSD
+                x_MSD = self.block(index, x_MSD, num_frames, cls_only=False)
+        # With only CLS to compute, the last block is cheap, but would keep as much as any other. What somebody else adds
+        # to it may draw random numbers, and is computed once.
+        cheap = reads_cls_only and self.time is None and not self.adapters_are_own and type(self) is VideoClassifier
+        with _graph_if(last >= first):
+            run = functools.partial(self.block, last, num_frames=num_frames, cls_only=reads_cls_only)
+            return _recomputed(run, x_MSD) if cheap else run(x_MSD)
 
     def block(self, index: int, x_MSD: Tensor, num_frames: int, cls_only: bool) -> Tensor:
         """One block with all that is around it. With `cls_only` nothing but CLS is read behind it: the patches' queries
@@ -313,7 +319,9 @@ def _some(names: list[str]) -> str:
 
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, keeping x alone for the backward pass; it draws no random numbers."""
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False) if x.requires_grad else function(x)
+    if not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def _graph_if(wanted: bool) -> contextlib.AbstractContextManager[None]:

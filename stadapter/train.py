@@ -203,7 +203,7 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner
     frozen_sha256 = saved.frozen_digest(model) if world.rank == 0 else ""
     model = model.to(world.device)
     model.recompute = operation.recompute
-    if optim.precision != "float32" and world.device.type == "cuda":
+    if optim.precision != "float32":
         cast_frozen(model, PRECISIONS[optim.precision])
     replica: torch.nn.Module = model
     if world.size > 1:
