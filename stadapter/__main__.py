@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.storage import data_root
 from stadapter.record import DEFAULT_CHECKPOINT_EVERY_S, WriteError, bad_clips_in_words
+from stadapter.speed_flags import add_speed_flags, speed_flags
 from stadapter.stopping import StopSignals, write
 
 STOPPED = 130  # as a shell tells of Ctrl-C
@@ -59,19 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--weights", type=Path, metavar="FILE", help="backbone weights from this file instead of the hub"
     )
     train.add_argument(
-        "--num-workers", type=int, default=0, metavar="N", help="loader processes per training process (default: 0)"
-    )
+        "--num-workers", type=int, metavar="N",
+        help="loader processes per training process (default: 0 without a GPU; with one, one less than its cores)",
+    )  # fmt: skip
     train.add_argument(
         "--clips-per-pass", type=int, metavar="N", help="clips in one pass of a process; more are accumulated"
     )
     train.add_argument(
-        "--recompute", action="store_true",
-        help="compute the MLPs again in the backward pass: less memory, more time, the same numbers",
-    )  # fmt: skip
-    train.add_argument(
         "--checkpoint-every", type=float, default=DEFAULT_CHECKPOINT_EVERY_S, metavar="SECONDS",
         help="within an epoch; each epoch ends with a checkpoint as well (default: %(default)g)",
     )  # fmt: skip
+    add_speed_flags(train)
     add_reading_flags(train)
     options = parser.parse_args(arguments)
     try:
@@ -86,22 +86,29 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(recipe: Recipe, options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
+    from stadapter import machine
     from stadapter.ablation import lock
     from stadapter.data.bad_clips import BadClipsError
     from stadapter.running import Stopped
     from stadapter.train import Operation, TrainingError, join_world, train
 
     world = join_world()
+    workers = options.num_workers
+    if workers is None:
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine
+        workers = max(0, (os.cpu_count() or 1) // sharing - 1) if world.device.type == "cuda" else 0
     operation = Operation(
         options.data_root,
         options.weights,
-        options.num_workers,
+        workers,
         options.clips_per_pass,
         checkpoint_every_s=options.checkpoint_every,
-        recompute=options.recompute,
+        **speed_flags(options),
         **reading_flags(options),
     )
     live = sys.stderr.isatty()
+    if world.rank == 0:
+        print(machine.set_up(world.device, recipe.optim.precision), flush=True)
 
     def announce() -> None:
         write(2, "\nstopping after this step, with a checkpoint; once more to stop at once\n")

@@ -24,7 +24,7 @@ Middle = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def wanted(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass may come, and the code runs as it stands: compilers look after their graphs themselves."""
+    """Whether a backward pass may come, and the code runs as it stands: compilers plan a graph's memory themselves."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -52,10 +52,9 @@ class Adapt(torch.autograd.Function):
         up_D: Tensor,
         middle: Middle,
     ) -> Tensor:
-        device = x_MSD.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.autocast_dtype = autocast_dtype(x_MSD.device)
         base_MSD = x_MSD if onto_MSD is None else onto_MSD
-        kept_MSD = x_MSD.to(ctx.autocast[1]) if ctx.autocast[2] else x_MSD
+        kept_MSD = x_MSD.to(ctx.autocast_dtype or x_MSD.dtype)
         z_MNC = F.linear(kept_MSD, down_CD, down_C)[:, 1:]
         added_MND = F.linear(middle(z_MNC, conv, conv_C), up_DC, up_D)
         out_MSD = base_MSD.to(torch.promote_types(base_MSD.dtype, added_MND.dtype), copy=True)
@@ -70,12 +69,12 @@ class Adapt(torch.autograd.Function):
         x_MSD, z_MNC, down_CD, down_C, conv, conv_C, up_DC, up_D = ctx.saved_tensors
         x_dtype, onto_dtype = ctx.dtypes
         wants_x, wants_onto = ctx.needs_input_grad[:2]
-        device, dtype, enabled = ctx.autocast
-        with torch.autocast(device, dtype, enabled=enabled):
+        half = ctx.autocast_dtype
+        with torch.autocast(g_MSD.device.type, half) if half else contextlib.nullcontext():
             with torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in (z_MNC, conv, conv_C)]
                 c_MNC = ctx.middle(*leaves)
-            narrow_MSD = g_MSD.to(dtype) if enabled else g_MSD  # once for both products
+            narrow_MSD = g_MSD.to(half or g_MSD.dtype)  # once for both products
             # CLS stays in, with zeros in the bottleneck, while tokens are multiplied: cheaper than to copy the others.
             gc_MNC = (narrow_MSD @ up_DC)[:, 1:]
             gz_MNC, g_conv, g_conv_C = torch.autograd.grad(c_MNC, leaves, gc_MNC.to(c_MNC.dtype))
@@ -96,6 +95,13 @@ class Adapt(torch.autograd.Function):
             _sum_tokens(g_MSD[:, 1:], up_D.dtype),
             None,
         )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to in this place; None where it is off, or the device (meta) knows none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _sum_tokens(a_MNa: Tensor, dtype: torch.dtype) -> Tensor:

@@ -154,8 +154,8 @@ class VideoClassifier(nn.Module):
         for index in range(last):
             with _graph_if(index >= first):  # below the first trained block nothing needs a gradient
                 x_MSD = self.block(index, x_MSD, num_frames, cls_only=False)
-        # With only CLS to compute, the last block is cheap, but would keep as much as any other. What somebody else adds
-        # to it may draw random numbers, and is computed once.
+        # With only CLS to compute, the last block is cheap, but would keep nearly as much as any other. What somebody
+        # else adds to it may draw random numbers, and is computed once.
         cheap = reads_cls_only and self.time is None and not self.adapters_are_own and type(self) is VideoClassifier
         with _graph_if(last >= first):
             run = functools.partial(self.block, last, num_frames=num_frames, cls_only=reads_cls_only)

@@ -72,6 +72,7 @@ class Operation:
     elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
     checkpoint_every_s: float = record.DEFAULT_CHECKPOINT_EVERY_S  # in an epoch; 0: every step
     recompute: bool = False  # the MLPs' activations in the backward pass: less memory, more time, the same bits
+    compile: bool = False  # by torch.compile: minutes at the start, and other rounding
 
     def __post_init__(self) -> None:
         if self.clips_per_pass is not None and self.clips_per_pass < 1:
@@ -127,7 +128,7 @@ def train(
         record.check_data(folder, record.fingerprints(finished), seen)
         return finished
     machine.reset_peak_memory(world.device)
-    machine.set_fast_float32(world.device)
+    chosen = machine.set_up(world.device, optim.precision)
     epoch_steps = steps_per_epoch(len(clips["train"]), optim.global_batch, data.repeated_augmentation)
     if world.rank == 0:
         record.prepare_folder(folder, recipe)
@@ -176,6 +177,9 @@ def train(
         "processes": world.size,
         "threads": torch.get_num_threads(),
         "precision": optim.precision,
+        "chosen": chosen,
+        "compiled": operation.compile,
+        "recomputed": operation.recompute,
         "bad_clips": {split: found.summary() for split, found in bad.items()},
         "data": {split: {"fingerprint": fingerprint, "clips": len(clips[split])} for split, fingerprint in seen.items()}
         | {"decoder": "pyav" if operation.decoder == "auto" else operation.decoder},
@@ -203,6 +207,8 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner
     frozen_sha256 = saved.frozen_digest(model) if world.rank == 0 else ""
     model = model.to(world.device)
     model.recompute = operation.recompute
+    if operation.compile:
+        model.compile()
     if optim.precision != "float32":
         cast_frozen(model, PRECISIONS[optim.precision])
     replica: torch.nn.Module = model
@@ -341,6 +347,7 @@ def _test(run: Run, clips: ClipList, bad: BadClips, operation: Operation, *, all
         rank=world.rank,
         world=world.size,
         num_workers=operation.num_workers,
+        pin_memory=world.device.type == "cuda",
         elsewhere=operation.elsewhere,
     )
     result = evaluate(

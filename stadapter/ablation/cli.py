@@ -32,6 +32,7 @@ from stadapter.ablation.launch import Request, launch
 from stadapter.ablation.trial import SWEEP, Arm, Sweep, Trial, load_sweep, make_sweep, save_sweep
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import reading_flags
+from stadapter.speed_flags import speed_flags
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
@@ -119,7 +120,13 @@ def _run(
             f"--output {options.output}: cannot be written ({error.strerror}); choose another folder"
         ) from None
     if missing:
+        import torch
+
+        from stadapter import machine
+
         _notes(dead, clips, options)
+        if options.address is None:
+            print(machine.set_up(torch.device("cuda" if num_gpus else "cpu"), sweep.recipe.optim.precision))
     return launch(request)
 
 
@@ -271,6 +278,7 @@ def _operation(options: argparse.Namespace, num_gpus: int) -> Operation:
         clips_per_pass=options.clips_per_pass or (GPU_CLIPS_PER_PASS if num_gpus else None),
         elsewhere=_elsewhere(options),
         checkpoint_every_s=options.checkpoint_every,
+        **speed_flags(options),
         **reading_flags(options),
     )
 

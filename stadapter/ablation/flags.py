@@ -13,6 +13,7 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import add_reading_flags
 from stadapter.data.storage import data_root
 from stadapter.record import DEFAULT_CHECKPOINT_EVERY_S
+from stadapter.speed_flags import add_speed_flags
 
 Values = Sequence[str] | Callable[[Recipe], Sequence[str]]
 DEFAULT_OUTPUT = Path("runs")
@@ -86,6 +87,7 @@ def make_parser(doc: str, name: str, values: Values) -> argparse.ArgumentParser:
         "--checkpoint-every", type=float, default=DEFAULT_CHECKPOINT_EVERY_S, metavar="SECONDS",
         help="within an epoch; each epoch ends with a checkpoint as well (default: %(default)g)",
     )  # fmt: skip
+    add_speed_flags(where)
     add_reading_flags(where)
     where.add_argument(
         "--decode-on-cluster", action="store_true",

@@ -86,14 +86,14 @@ def operations(recipe: Recipe, cost: Cost, work: Work) -> float:
     return 2.0 * cost.macs_per_view * clips
 
 
-def memory_of(recipe: Recipe, cost: Cost, clips_per_pass: int) -> Memory:
+def memory_of(recipe: Recipe, cost: Cost, clips_per_pass: int, *, recompute: bool = False) -> Memory:
     """Of one process that trains on a GPU."""
     half = HALF.get(recipe.optim.precision)
     frozen = cost.total_params - cost.trainable_params
     fixed = frozen * (2 if half else 4) + cost.trainable_params * 16  # weight, gradient, two moments
-    most = _saved_bytes(recipe, torch.float32, clips_per_pass)
+    most = _saved_bytes(recipe, torch.float32, clips_per_pass, recompute)
     with _FusedAttention():
-        least = _saved_bytes(recipe, half or torch.float32, clips_per_pass)
+        least = _saved_bytes(recipe, half or torch.float32, clips_per_pass, recompute)
     return Memory(fixed, most, min(least, most))  # with few tokens the kernels keep no less
 
 
@@ -109,9 +109,10 @@ class _FusedAttention(TorchFunctionMode):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
-def _saved_bytes(recipe: Recipe, dtype: torch.dtype, clips: int) -> int:
+def _saved_bytes(recipe: Recipe, dtype: torch.dtype, clips: int, recompute: bool) -> int:
     """What autograd keeps of a forward pass through the blocks, parameters left out: linear in the clips."""
     model = meta_model(recipe).to(dtype)
+    model.recompute = recompute
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     T, side = recipe.data.num_frames, recipe.data.frame_size
 
@@ -196,7 +197,7 @@ def show_plan(sweep: Sweep, selected: Sequence[Trial], entries: Sequence[Entry],
     for arm in sweep.arms:
         recipe = next(trial.recipe for trial in sweep.trials if trial.arm == arm.label)
         cost = cost_of(recipe)
-        memory = memory_of(recipe, cost, clips_per_pass)
+        memory = memory_of(recipe, cost, clips_per_pass, recompute=options.recompute)
         rate, source = rate_of(entries, recipe, gpu)
         sources.add(source)
         hours = operations(recipe, cost, work) / rate / processes / 3600 if rate else None

@@ -1,0 +1,177 @@
+"""What is computed or kept in an own way, against the plain expressions that it stands for."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from stadapter import lean, machine
+from stadapter.adapter import STAdapter
+from stadapter.config import AdapterConfig, ConfigError
+from stadapter.model import VideoClassifier, trainable_parameters
+from stadapter.strategies import freeze
+from stadapter.vit import Block, ViT, VitShape, activate, attention, seed_weights
+
+SHAPE = VitShape(32, 8, 32, 2, 4, 64, "quick_gelu")
+T = 4
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, everything is computed the plain way."""
+    return lambda: monkeypatch.setattr(lean, "wanted", lambda *tensors: False)
+
+
+@pytest.fixture
+def onednn() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def seeded(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return module
+
+
+def results(function: Callable[..., Tensor], inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of everything."""
+    out = function(*inputs)
+    generator = torch.Generator().manual_seed(2)
+    up = torch.randn(out.shape, generator=generator).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [*inputs, *weights], up)]
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for mine, plain in zip(got, expected, strict=True):
+        assert mine.dtype == plain.dtype
+        assert (mine - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+def kept(function: Callable[[], Tensor], own: nn.Module) -> int:
+    """How many numbers the graph keeps, those of parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in own.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage()).data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function()  # noqa: F841  # holds the graph while it is counted
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("kernel_size", [(1, 1, 1), (3, 1, 1), (3, 3, 3)])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-5), (True, 2e-2)])
+def test_the_adapter_equals_its_plain_twin(kernel_size, activation, elsewhere, half, tolerance, plain) -> None:
+    adapter = seeded(STAdapter(32, 8, kernel_size, activation))
+    x_MSD = torch.randn(2 * T, 17, 32, requires_grad=True)
+    inputs = [x_MSD, torch.randn(2 * T, 17, 32, requires_grad=True)] if elsewhere else [x_MSD]
+
+    def run(x: Tensor, onto: Tensor | None = None) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return adapter(x, T, onto)
+
+    got = results(run, inputs, list(adapter.parameters()))
+    plain()
+    assert_close(got, results(run, inputs, list(adapter.parameters())), tolerance)
+
+
+def test_the_adapter_keeps_its_input_and_its_bottleneck_alone() -> None:
+    adapter = seeded(STAdapter(32, 8))
+    x_MSD = torch.randn(2 * T, 17, 32, requires_grad=True)
+    assert kept(lambda: adapter(x_MSD, T), adapter) == 2 * T * 17 * (32 + 8)
+
+
+def test_an_adapter_above_frozen_blocks_asks_for_no_gradient_of_its_input() -> None:
+    adapter = seeded(STAdapter(32, 8))
+    adapter(torch.randn(T, 17, 32), T).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+def test_quick_gelu_equals_its_formula_and_keeps_one_tensor() -> None:
+    x = torch.randn(50, 20, dtype=torch.float64, requires_grad=True)
+    got = results(lambda x: activate(x, "quick_gelu"), [x], [])
+    assert_close(got, results(lambda x: x * torch.sigmoid(1.702 * x), [x], []), 1e-12)
+    assert kept(lambda: activate(x, "quick_gelu"), nn.Identity()) == x.numel()
+
+
+def test_attention_among_onednns_products_equals_attention_among_the_default_ones(onednn) -> None:
+    q, k, v = (torch.randn(2, 4, 130, 8, requires_grad=True) for _ in range(3))
+    got = results(attention, [q, k, v], [])
+    assert torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision("highest")
+    for mine, expected in zip(got, results(attention, [q, k, v], []), strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_what_cls_gathers_equals_the_first_token_of_full_attention(qkv_bias) -> None:
+    block = seeded(Block(VitShape(32, 8, 32, 2, 4, 64, qkv_bias=qkv_bias))).double()
+    x_MSD = torch.randn(3, 17, 32, dtype=torch.float64, requires_grad=True)
+    weights = [p for name, p in block.named_parameters() if name.startswith(("norm1", "qkv", "proj"))]
+    got = results(lambda x: block.attend(x, cls_only=True), [x_MSD], weights)
+    assert_close(got, results(lambda x: block.attend(x)[:, :1], [x_MSD], weights), 1e-12)
+
+
+def small_model(depth: int = 2) -> VideoClassifier:
+    vit = ViT(dataclasses.replace(SHAPE, depth=depth))
+    seed_weights(vit, 0)
+    model = VideoClassifier(vit, 5, AdapterConfig(8, (3, 1, 1)))
+    freeze(model, "st_adapter", train_final_norm=False)
+    return seeded(model)  # type: ignore[return-value]  # the same one
+
+
+def gradients(model: VideoClassifier, pixels: Tensor) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    logits = model(pixels)
+    logits.square().sum().backward()
+    return [logits.detach(), *(p.grad for p in trainable_parameters(model).values() if p.grad is not None)]
+
+
+def test_the_last_block_keeps_its_input_alone() -> None:
+    model = small_model()
+    pixels = torch.rand(1, T, 3, 32, 32)
+    x_MSD = torch.randn(T, 17, 32, requires_grad=True)
+    whole = kept(lambda: model.block(1, x_MSD, T, cls_only=True), model)
+    assert kept(lambda: model(pixels), model) < kept(lambda: model.block(0, x_MSD, T, cls_only=False), model) + whole
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_computing_again_changes_no_gradient(recompute, monkeypatch) -> None:
+    model, pixels = small_model(), torch.rand(2, T, 3, 32, 32)
+    model.recompute = recompute
+    got = gradients(model, pixels)
+    monkeypatch.setattr("stadapter.model._recomputed", lambda function, x: function(x))
+    for mine, expected in zip(got, gradients(model, pixels), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_a_compiled_model_gives_the_same_logits_and_gradients() -> None:
+    model, pixels = small_model(depth=1), torch.rand(2, T, 3, 32, 32)
+    expected = gradients(model, pixels)
+    model.compile()
+    assert_close(gradients(model, pixels), expected, 1e-5)
+
+
+def test_what_was_chosen_for_a_cpu_is_said_with_its_reason() -> None:
+    before = torch.get_float32_matmul_precision()
+    line = machine.set_up(torch.device("cpu"), "float32")
+    torch.set_float32_matmul_precision(before)
+    assert line.startswith(machine.cpu_name()) and "oneDNN" in line and "\n" not in line
+
+
+def test_a_gpu_without_bfloat16_is_refused_before_it_imitates_it(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    with pytest.raises(ConfigError, match="Tesla V100 has no bfloat16; use float16"):
+        machine.set_up(torch.device("cuda"), "bfloat16")
