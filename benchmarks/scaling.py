@@ -298,12 +298,13 @@ def print_modelled(recipe: Recipe, options: argparse.Namespace, network: Network
     print(f"""
 - the global batch is the recipe's and stays, so it bounds the number of GPUs; weak: {at_first} clips per GPU on all of
   them, which is another global batch, hence another recipe
-- compute: {cost.macs_per_view / 1e9:.1f} GMACs a clip forward, twice that in operations, and the backward pass as in
-  `--plan`; {source}, the same for few clips per GPU as for many; nothing for the optimiser and for starting kernels
-- all-reduce: {cost.trainable_params:,} trained parameters x {BYTES_PER_GRADIENT} bytes = {gradients_mb:.1f} MB in one \
-ring, {GPUS_PER_NODE} GPUs to a node;
-  {network.within_node_gb_s:g} GB/s within a node, {network.between_nodes_gb_s:g} GB/s between two, {network.hop_us:g} \
-us a hop; {100 * network.hidden:.0f} % hidden behind the backward pass
+- compute: {cost.macs_per_view / 1e9:.1f} GMACs a clip forward, two operations each, the backward pass as in `--plan`;
+  {source};
+  the same for few clips per GPU as for many; nothing for the optimiser, nor for starting kernels
+- all-reduce: {cost.trainable_params:,} trained parameters x {BYTES_PER_GRADIENT} bytes = {gradients_mb:.1f} MB,
+  in one ring over all GPUs, {GPUS_PER_NODE} to a node (NCCL's trees need fewer hops);
+  {network.within_node_gb_s:g} GB/s within a node, {network.between_nodes_gb_s:g} between two, {network.hop_us:g} us a hop:
+  assumptions; {100 * network.hidden:.0f} % of it hidden behind the backward pass
 - clips/s per node: what that step asks of the loaders; cores per node: at the {ms:.1f} CPU ms that a training clip
   (10 s, 340x256, H.264, no cache) took on one core here; a node with fewer cores waits for them
 """)
