@@ -303,8 +303,8 @@ def print_modelled(recipe: Recipe, options: argparse.Namespace, network: Network
   the same for few clips per GPU as for many; nothing for the optimiser, nor for starting kernels
 - all-reduce: {cost.trainable_params:,} trained parameters x {BYTES_PER_GRADIENT} bytes = {gradients_mb:.1f} MB,
   in one ring over all GPUs, {GPUS_PER_NODE} to a node (NCCL's trees need fewer hops);
-  {network.within_node_gb_s:g} GB/s within a node, {network.between_nodes_gb_s:g} between two, {network.hop_us:g} us a hop:
-  assumptions; {100 * network.hidden:.0f} % of it hidden behind the backward pass
+  assumed: {network.within_node_gb_s:g} GB/s within a node, {network.between_nodes_gb_s:g} between two,
+  {network.hop_us:g} us a hop, {100 * network.hidden:.0f} % of it hidden behind the backward pass
 - clips/s per node: what that step asks of the loaders; cores per node: at the {ms:.1f} CPU ms that a training clip
   (10 s, 340x256, H.264, no cache) took on one core here; a node with fewer cores waits for them
 """)
