@@ -118,6 +118,9 @@ def train(
     Raises ConfigError for what cannot work, a folder of another recipe or of other clips included, TrainingError for a
     loss that is not finite, and record.WriteError where the folder cannot be written any more.
     """
+    # A process's first optimiser imports it, which takes a second: before the clock runs, it is no training's time.
+    from torch import _dynamo  # noqa: F401
+
     operation, world, clock = operation or Operation(), world or World(), Clock()
     optim, data = recipe.optim, recipe.data
     clips = {split: load_clips(data, operation.data_root, split) for split in ("train", "val", "test")}

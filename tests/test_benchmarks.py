@@ -9,15 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import memory, plain
+from benchmarks import memory, plain, scaling
 from benchmarks.data import EXACT_LIMIT, KINETICS, SSV2, measure, our_ways, peak_mib, plain_ways
-from stadapter.config import ConfigError, DataConfig
+from benchmarks.demo import share_of, stages
+from stadapter import recipes
+from stadapter.ablation.gpus import GPUS
+from stadapter.ablation.plan import UTILISATION, Work, operations
+from stadapter.config import ConfigError, DataConfig, Recipe
+from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList
 from stadapter.data.cache import GB, ClipCache
 from stadapter.data.clips import ClipDataset
 from stadapter.data.decoding import check_backend, decode
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
+from stadapter.running import World
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +79,69 @@ def test_many_random_opens_hold_memory_flat(way: str, opens: int, tmp_path: Path
     resident = memory.resident_mib(opens, way, memory.write_files(tmp_path))
     # A frame kept by mistake has at least 9 KiB: four per open would be 16 MiB and more.
     assert memory.growth_mib(resident) < 8
+
+
+NETWORK = scaling.Network(within_node_gb_s=200, between_nodes_gb_s=10, hop_us=0, hidden=0)
+
+
+def test_a_ring_sends_nearly_twice_the_bytes_over_its_slowest_link() -> None:
+    size = 80 * 10**6
+    assert scaling.ring_all_reduce_s(size, 1, NETWORK) == 0
+    assert scaling.ring_all_reduce_s(size, 8, NETWORK) == pytest.approx(2 * 7 / 8 * size / 200e9)
+    assert scaling.ring_all_reduce_s(size, 64, NETWORK) == pytest.approx(2 * 63 / 64 * size / 10e9)
+    slow_hops = dataclasses.replace(NETWORK, hop_us=10)
+    assert scaling.ring_all_reduce_s(0, 64, slow_hops) == pytest.approx(2 * 63 * 10e-6)
+
+
+def test_a_modelled_step_is_the_plan_s_operations_and_what_of_the_exchange_is_not_hidden() -> None:
+    recipe = recipes.ssv2_clip_b16
+    rate = GPUS["a100-80gb"].half_tflops * 1e12 * UTILISATION
+    step = scaling.model_step(recipe, 256, 64, rate, NETWORK)
+    cost = cost_of(recipe)
+    assert step.compute_s == pytest.approx(
+        operations(recipe, cost, Work(256, 0, 0, True)) / recipe.optim.epochs / rate / 64
+    )
+    assert step.all_reduce_s == scaling.ring_all_reduce_s(4 * cost.trainable_params, 64, NETWORK)
+    assert step.seconds == step.compute_s + step.all_reduce_s
+    assert step.clips_per_s_and_node * 8 * step.seconds == pytest.approx(256)
+    hidden = scaling.model_step(recipe, 256, 64, rate, dataclasses.replace(NETWORK, hidden=1))
+    assert (hidden.seconds, hidden.efficiency) == (step.compute_s, 1)
+
+
+def test_the_global_batch_bounds_the_number_of_gpus() -> None:
+    with pytest.raises(ValueError, match="256 clips to a step, less than one for each GPU"):
+        scaling.model_step(recipes.ssv2_clip_b16, 256, 512, 1e12, NETWORK)
+    with pytest.raises(ValueError, match="192 clips to a step cannot be shared equally"):
+        scaling.model_step(recipes.kinetics400_clip_b16, 192, 128, 1e12, NETWORK)
+    assert scaling.model_step(recipes.ssv2_clip_b16, 256, 256, 1e12, NETWORK).gpus == 256
+
+
+def test_two_processes_at_the_pace_of_one_are_fully_efficient_where_each_has_as_many_clips() -> None:
+    one, *_ = scaling.cases(8)
+    strong, weak = (scaling.Case("", 2, clips) for clips in (4, 8))
+    measured = scaling.Measured(one, 0.1, 0)
+    assert scaling.efficiency(measured, scaling.Measured(weak, 0.1, 0.01)) == 1
+    assert scaling.efficiency(measured, scaling.Measured(strong, 0.1, 0.01)) == 0.5
+
+
+def test_the_training_loop_s_own_steps_are_timed(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    took, exchanges = scaling.time_steps(tiny_recipe, World(), 2, 3, tmp_path)
+    assert len(took) == 3 and all(0 < seconds < 60 for seconds in took)
+    assert exchanges == [0, 0, 0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_s_time_divides_into_before_between_after_and_inside() -> None:
+    trials = [(110.0, 130.0), (112.0, 120.0), (125.0, 140.0), (143.0, 150.0)]
+    share = share_of((100, 155), trials)
+    assert (share.total, share.inside, share.outside) == (55, 37, 18)
+    assert (share.before, share.between, share.after) == (10, 3, 5)
+    lines = [(104.0, "recipe embedded: 4 arms"), (107.0, "running 8 on the CPU"), (153.0, "arm  top-1 %")]
+    assert [seconds for _, seconds in stages((100, 155), lines, trials)] == [4, 3, 3, 3, 2]
+
+
+def test_a_trial_of_another_run_does_not_count_as_the_demo_s() -> None:
+    with pytest.raises(ValueError, match="did not all run within"):
+        share_of((100, 155), [(90.0, 120.0)])
+    with pytest.raises(ValueError, match="did not all run within"):
+        share_of((100, 155), [])

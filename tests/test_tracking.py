@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -317,6 +318,36 @@ def test_a_dead_server_costs_one_warning_and_seconds(
     assert "\n" not in said[0]
     assert mirror.address == ""
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_first_write_waits_for_a_store_that_is_still_being_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, done, may_open = a_sweep(), list[str](), threading.Event()
+    mirror = Mirror(sweep, tmp_path, "sqlite:///never-opened.db")
+    monkeypatch.setattr(mirror._store, "open", lambda: done.append(f"open {may_open.wait(20)}"))
+    monkeypatch.setattr(mirror._store, "start_trial", lambda trial: done.append("write"))
+    mirror.start(wait=False)
+    assert done == []
+    threading.Timer(0.1, may_open.set).start()
+    mirror.trial_started(sweep.trials[0])
+    assert done == ["open True", "write"]
+
+
+def test_a_store_that_could_not_be_opened_meanwhile_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, said = a_sweep(), list[str]()
+    mirror = Mirror(sweep, tmp_path, "sqlite:///never-opened.db", say=said.append)
+
+    def gone() -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(mirror._store, "open", gone)
+    mirror.start(wait=False)
+    for trial in sweep.trials:
+        mirror.trial_started(trial)
+    assert len(said) == 1 and "(gone)" in said[0]
 
 
 def test_a_store_that_dies_in_the_middle_is_completed_by_sync(

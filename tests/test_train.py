@@ -192,40 +192,62 @@ def test_recomputing_activations_changes_no_bit(
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def _count_reduced_bytes(rank: int, rendezvous: str, recipe: Recipe, root: Path, folder: Path) -> None:
-    """Two passes to a step; each process writes down how many bytes of gradients its steps exchanged."""
+def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, folder: Path) -> None:
+    """One pass to a step, then two; each process writes down what gradients its steps exchanged."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    exchanged: list[int] = []
     make_learner = train_module._make_learner
-
-    def counted(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        exchanged.append(bucket.buffer().nbytes)
-        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: the default group
+    bytes_by_step: dict[str, list[int]] = {}
+    names: set[str] = set()
+    searches: set[bool] = set()
 
     def watched(*arguments: Any) -> Any:
         learner = make_learner(*arguments)
+        name_of = {id(parameter): name for name, parameter in learner.model.named_parameters()}
+        in_step: list[int] = []
+
+        def exchange(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            in_step.append(bucket.buffer().nbytes)
+            names.update(name_of[id(parameter)] for parameter in bucket.parameters())
+            return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: the default group
+
+        def end_step(*_: Any) -> None:
+            bytes_by_step.setdefault(f"{arguments[1].clips_per_pass}", []).append(sum(in_step))
+            in_step.clear()
+
         # A lambda, since the annotations of this module are text, which this interface refuses.
-        learner.replica.register_comm_hook(None, lambda state, bucket: counted(bucket))
+        learner.replica.register_comm_hook(None, lambda state, bucket: exchange(bucket))
+        learner.optimizer.register_step_post_hook(end_step)
+        searches.add(learner.replica.find_unused_parameters)
         return learner
 
     train_module._make_learner = watched
     try:
-        train(recipe, folder, Operation(data_root=root, clips_per_pass=1), World(rank, 2))
-        (folder / f"exchanged-{rank}").write_text(str(sum(exchanged)))
+        for clips_per_pass in (2, 1):
+            operation = Operation(data_root=root, clips_per_pass=clips_per_pass)
+            train(recipe, folder / f"passes-of-{clips_per_pass}", operation, World(rank, 2))
+        seen = {"bytes_by_step": bytes_by_step, "names": sorted(names), "searches": list(searches)}
+        (folder / f"exchanged-{rank}").write_text(json.dumps(seen))
     finally:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def test_only_trained_gradients_are_exchanged_and_once_per_step(
+def test_a_step_exchanges_each_trained_gradient_once_and_no_other(
     tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    arguments = (f"file://{tmp_path}/rendezvous", tiny_recipe, clip_folder, tmp_path)
-    multiprocessing.spawn(_count_reduced_bytes, arguments, nprocs=2)  # type: ignore[no-untyped-call]
-    steps = 8  # 2 epochs of 16 clips, 4 to a step
-    trained = sum(parameter.numel() for parameter in trainable_parameters(build_model(tiny_recipe)).values())
-    assert [int((tmp_path / f"exchanged-{rank}").read_text()) for rank in range(2)] == [steps * trained * 4] * 2
+    """Four bytes to a trained parameter, however many passes make the step, and no search for unused ones."""
+    recipe = config.replace(tiny_recipe, **{"optim.epochs": 1})
+    arguments = (f"file://{tmp_path}/rendezvous", recipe, clip_folder, tmp_path)
+    multiprocessing.spawn(_watch_gradients, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    trained = trainable_parameters(build_model(recipe))
+    size = 4 * sum(parameter.numel() for parameter in trained.values())
+    steps = 4  # of 4 clips: 2 for each process
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"exchanged-{rank}").read_text())
+        assert seen["bytes_by_step"] == {"2": [size] * steps, "1": [size] * steps}
+        assert seen["names"] == sorted(trained)
+        assert seen["searches"] == [False]
 
 
 def test_loader_processes_change_no_number(

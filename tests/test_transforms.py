@@ -106,6 +106,17 @@ def test_resizing_is_the_authors_up_to_rounding_where_nothing_overshoots() -> No
     assert (pixels.float() - exact[..., 4:-4]).abs().max() <= 1.5
 
 
+@pytest.mark.parametrize("resize", ["fast", "exact"])
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 41), (20, 90)])
+def test_resizing_is_bit_by_bit_torchvision_s(resize: str, height: int, width: int) -> None:
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as torchvision
+
+    pixels = transforms._channels_first(frames(height, width), config(resize=resize))
+    expected = torchvision.resize(pixels, [SIZE, 37], interpolation=InterpolationMode.BICUBIC, antialias=False)
+    assert torch.equal(transforms._resize(pixels, SIZE, 37), expected)
+
+
 def test_three_spatial_views_are_begin_middle_and_end() -> None:
     given = frames(SIZE, 64)
     whole = torch.from_numpy(given).permute(0, 3, 1, 2)

@@ -54,7 +54,7 @@ def launch(request: Request) -> int:
         from stadapter.ablation.tracking import Mirror
 
         mirror = Mirror(sweep, output, options.tracking_uri, say=terminal.say)
-        mirror.start()
+        mirror.start(wait=False)  # Ray starts meanwhile
         for trial, result in zip(sweep.trials, before, strict=True):
             if result is not None:
                 mirror.trial_finished(trial)

@@ -11,6 +11,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,17 @@ class Mirror:
         uri = shlex.quote(_shown(tracking_uri))
         self._sync = f"python -m stadapter.ablation sync --output {shlex.quote(str(output))} --tracking-uri {uri}"
         self._began, self._waited = time.monotonic(), 0.0
+        self._opening: Future[None] | None = None
         self.working = True
 
-    def start(self) -> None:
-        """Create the store and the experiment where they are missing, and open the sweep's parent run."""
-        self._try(self._store.open)
+    def start(self, *, wait: bool = True) -> None:
+        """Create the store and the experiment where they are missing, and open the sweep's parent run.
+
+        A new database takes seconds. Without `wait` this returns at once, and the first write waits for it.
+        """
+        self._opening = ThreadPoolExecutor(1).submit(self._store.open)
+        if wait:
+            self._try(self._opened)
 
     def trial_started(self, trial: Trial) -> None:
         """Open the trial's run, the one it had before if it was interrupted."""
@@ -69,20 +76,28 @@ class Mirror:
     @property
     def address(self) -> str:
         """The page that compares the arms, to be put behind the address of an MLflow server; empty if there is none."""
+        self._try(self._opened)
         return self._store.address if self.working else ""
+
+    def _opened(self) -> None:
+        """Wait for the store, once; raises what opening it raised."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.result()
 
     def _try(self, method: Callable[..., None], *arguments: Any) -> None:
         if not self.working:
             return
-        began = time.monotonic()
         try:
+            self._opened()
+            began = time.monotonic()
             method(*arguments)
         except STORE_ERRORS as error:
             self._give_up(_first_line(error))
             return
         now = time.monotonic()
         # A store that is well takes milliseconds (and seconds once, to be created); the rest counts as waiting.
-        if now - began > 1 and method != self._store.open:
+        if now - began > 1:
             self._waited += now - began
         if self._waited > PATIENCE_S + PATIENCE_SHARE * (now - self._began):
             self._give_up(f"it is slow: {self._waited:.0f} s waited")

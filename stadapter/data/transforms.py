@@ -16,10 +16,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data.sampling import spatial_crops
@@ -77,7 +76,7 @@ def train_pixels(frames_THWC: np.ndarray, config: DataConfig, rng: np.random.Gen
     else:
         pixels = _centre(pixels, size)
     if config.horizontal_flip and rng.random() < 0.5:
-        pixels = F.horizontal_flip(pixels)
+        pixels = pixels.flip(-1)
     if config.random_erasing and rng.random() < config.random_erasing:
         pixels = _erase(pixels, rng)
     return pixels.contiguous()
@@ -113,7 +112,8 @@ def _channels_first(frames_THWC: np.ndarray, config: DataConfig) -> Tensor:
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
     if pixels.shape[-2:] == (height, width):
         return pixels
-    return F.resize(pixels, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=False)
+    # Bit by bit what torchvision's resize gives, whose import takes as long as torch's.
+    return F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False)
 
 
 def _resize_short_side(pixels: Tensor, size: int) -> Tensor:
@@ -161,7 +161,9 @@ def _erase(pixels: Tensor, rng: np.random.Generator) -> Tensor:
         return pixels
     top, left, h, w = box
     noise = torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8))
-    return F.erase(pixels, top, left, h, w, noise if pixels.dtype == torch.uint8 else noise / 255)
+    erased = pixels.clone()
+    erased[..., top : top + h, left : left + w] = noise if pixels.dtype == torch.uint8 else noise / 255
+    return erased
 
 
 @functools.cache
