@@ -122,6 +122,17 @@ def test_a_second_writer_is_told_who_the_first_is(held: tuple[Path, subprocess.P
     assert lock.owner_of(folder) is not None
 
 
+def test_a_password_in_a_command_is_told_to_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / "trials" / "abc"
+    with lock.writing(folder, "ablate_kernel.py --tracking-uri http://me:pass@word@host:1/x --seeds 2"):
+        assert "ablate_kernel.py --tracking-uri http://***@host:1/x --seeds 2" in str(lock.owner_of(folder))
+        kept = [path.read_text() for path in (tmp_path / "locks").iterdir()]
+    assert not any("word" in text for text in kept)
+    error = OSError("s3: no answer from https://me:password@host/bucket")
+    assert write_error(folder, error) == "s3: no answer from https://***@host/bucket"
+    assert "password" not in (folder / "error.txt").read_text()
+
+
 def test_a_writer_that_was_killed_blocks_nobody(held: tuple[Path, subprocess.Popen[str]]) -> None:
     folder, other = held
     other.kill()

@@ -120,6 +120,9 @@ def test_a_secret_s_value_is_refused_and_not_repeated(
         (["ray", "--", "experiments/ablate.py", "--address", "auto"], "leave it out"),
         (["slurm", "--", "experiments/ablate.py", "--output"], "expected one argument"),
         (["slurm", "--", "experiments/ablate.py", "--tracking-uri", "http://me:secret@host"], "holds a password"),
+        (["slurm", "--", "experiments/ablate.py", "--store=http://me:se@cret@host/x"], "holds a password"),
+        (["slurm", "--env", "MLFLOW_TRACKING_URI=http://me:secret@host", "--", "experiments/ablate.py"], "a password"),
+        (["slurm", "--setup", "export HF_TOKEN='secret'", "--", "experiments/ablate.py"], "looks like a secret"),
         (["slurm", "--nodes", "0", "--", "experiments/ablate.py"], "--nodes 0: must be at least 1"),
         (["slurm", "--partition", "a\n#SBATCH --uid=0", "--", "experiments/ablate.py"], "line break"),
         (["slurm", "--", "experiments/ablate.py", "--only", "a\nrm"], "line break"),
@@ -132,7 +135,9 @@ def test_a_secret_s_value_is_refused_and_not_repeated(
 def test_bad_input_has_a_one_line_answer(
     arguments: list[str], message: str, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refusal(capsys, *arguments)
+    refused = refusal(capsys, *arguments)
+    assert message in refused
+    assert "secret@" not in refused and "'secret'" not in refused
 
 
 def test_a_script_outside_git_is_refused(

@@ -77,7 +77,7 @@ def writing(folder: Path, command: str = "", *, wait: bool = False, locks: Path 
             if not wait:
                 raise
             time.sleep(POLL_S)
-    words = command or shlex.join(sys.argv)
+    words = record.without_passwords(command or shlex.join(sys.argv))
     me = Owner(
         socket.gethostname(),
         os.getpid(),

@@ -363,8 +363,8 @@ def _train_in_several_processes(
 
 def write_error(folder: Path, error: Exception) -> str:
     """Leave why a trial failed in its folder, the cause as the last line; returns that line."""
-    text = "".join(traceback.format_exception(error))
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    text = record.without_passwords("".join(traceback.format_exception(error)))
+    cause = record.without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
     with contextlib.suppress(OSError):  # a full or read-only disk may be the very error; the sweep is told anyway
         folder.mkdir(parents=True, exist_ok=True)
         record.write_atomically(folder / ERROR, f"{text}\n{cause}\n".encode())
