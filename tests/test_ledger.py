@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -155,6 +156,31 @@ def test_a_live_owner_on_another_machine_is_left_alone_until_it_falls_silent(tmp
     os.utime(path, (silent, silent))
     with lock.writing(folder):
         pass
+
+
+def test_without_flock_the_lock_of_a_machine_that_went_down_is_taken_away_when_it_has_fallen_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_flock(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    folder, owner = tmp_path / "trials" / "abc", tmp_path / "locks" / "abc.owner"
+    owner.parent.mkdir()
+    record.write_json(owner, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
+    held = owner.with_suffix(".lock")
+    held.write_text("1\nnode7\n")
+    with pytest.warns(UserWarning, match="flock not supported"):
+        with pytest.raises(lock.Busy, match="process 1 on node7"), lock.writing(folder):
+            pass
+        silent = time.time() - 2 * lock.SILENT_S
+        for path in (owner, held):
+            os.utime(path, (silent, silent))
+        with lock.writing(folder):
+            assert str(os.getpid()) in held.read_text()
+            with pytest.raises(lock.Busy, match=f"process {os.getpid()} on"), lock.writing(folder):
+                pass
+    assert not list(owner.parent.iterdir())
 
 
 # --- asking for an end
