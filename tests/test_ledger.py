@@ -24,7 +24,7 @@ import pytest
 from stadapter import record
 from stadapter.ablation import ledger, lock
 from stadapter.ablation.launch import Launch, Request
-from stadapter.ablation.stopping import GentleStop, watch
+from stadapter.ablation.stopping import GentleStop, Standstill, moving, watch
 from stadapter.ablation.sweep import write_error
 from stadapter.ablation.terminal import Terminal
 from stadapter.ablation.trial import Arm, make_sweep
@@ -198,6 +198,26 @@ def test_the_first_signal_asks_for_an_end_and_the_second_ends(tmp_path: Path, ca
             time.sleep(1)
     assert not stop.file.exists()
     assert "once more to stop at once" in capfd.readouterr().out
+
+
+def test_a_training_stands_still_from_the_last_time_that_it_was_seen_to_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, clock = tmp_path / "moves", [100.0]
+    file.touch()  # by a launch before
+    os.utime(file, (0, 0))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    standstill, look = Standstill(file), moving(lambda: False, file)
+    clock[0] += 1e6
+    assert standstill.seconds() == 0  # waiting for its processes to start is no standstill
+    assert look() is False
+    assert standstill.seconds() == 0
+    clock[0] += 4
+    look()  # too soon to touch the file again
+    assert standstill.seconds() == 4
+    clock[0] += 4
+    look()
+    assert standstill.seconds() == 0
 
 
 def test_a_full_disk_is_told_in_one_line_and_does_not_break_into_ray(small_disk: Path) -> None:

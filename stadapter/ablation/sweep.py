@@ -48,7 +48,7 @@ from ray import tune
 import stadapter
 from stadapter import record
 from stadapter.ablation import lock
-from stadapter.ablation.stopping import GentleStop, watch
+from stadapter.ablation.stopping import GentleStop, Standstill, moving, watch
 from stadapter.ablation.trial import Trial
 from stadapter.config import ConfigError, Recipe
 from stadapter.running import Stopped
@@ -56,6 +56,8 @@ from stadapter.train import Operation, World, train
 
 REACH_TIMEOUT_S = 5.0
 EPOCHS_POLL_S = 0.5
+STANDSTILL_S = 2400.0  # without a step or a batch of a test; longer than torch waits for a process that is behind
+MOVES = ".moves"  # in a trial's folder: touched while several processes train it
 ERROR = "error.txt"  # in a trial's folder: why it failed last
 Event = Callable[[str, Trial, dict[str, Any]], None]
 
@@ -307,7 +309,7 @@ def _train_in_several_processes(
         context = ray_train.get_context()
         torch.set_num_threads(resources.cpus_per_process)
         world = World(context.get_world_rank(), context.get_world_size(), get_device())
-        should_stop = watch(stop_file) if stop_file else None
+        should_stop = moving(watch(stop_file) if stop_file else lambda: False, folder / MOVES)  # rank 0 asks it
         with contextlib.ExitStack() as held:
             busy = [False]
             if world.rank == 0:  # the one that writes
@@ -348,17 +350,28 @@ def _train_in_several_processes(
     # The epochs are read from the folder, by the one thread that reports to Tune. Ray's own way from Train to Tune has
     # a second thread report into the same queue of one place: when the last epoch meets this function's end there, both
     # wait for ever.
+    standstill = Standstill(folder / MOVES)
     with ThreadPoolExecutor(1) as pool:
         fitting = pool.submit(trainer.fit)
         while wait_for([fitting], timeout=EPOCHS_POLL_S).not_done:
             report_epochs()
+            if (seconds := standstill.seconds()) > STANDSTILL_S:
+                _end_processes(folder, seconds)
         fitting.result()
     report_epochs()
+    with contextlib.suppress(OSError):  # a read-only disk: what else it broke is told, not this
+        (folder / MOVES).unlink(missing_ok=True)
     # Workers return without a word when they were stopped, and when another process had the folder.
     if not (folder / record.RESULT).exists():
         if stop_file is not None and stop_file.exists():
             raise Stopped
         raise lock.Busy(f"{folder.name} was being written by {lock.owner_of(folder) or 'another process'}")
+
+
+def _end_processes(folder: Path, seconds: float) -> None:
+    """Fail a trial whose processes wait for each other for ever. They go with this one, which Tune replaces."""
+    write_error(folder, TimeoutError(f"its processes did nothing for {seconds / 60:.0f} min and were ended"))
+    os._exit(1)
 
 
 def write_error(folder: Path, error: Exception) -> str:
