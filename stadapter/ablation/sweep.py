@@ -14,7 +14,7 @@ import os
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -80,7 +80,11 @@ def join_cluster(address: str) -> int:
     if not ray.is_initialized():
         _check_reachable(address)
         # Its folder, not the module: within a submitted job Ray copies this value, and modules cannot be copied.
-        _init(address, address=address, runtime_env={"py_modules": [str(Path(stadapter.__file__).parent)]})
+        environment: dict[str, Any] = {"py_modules": [str(Path(stadapter.__file__).parent)]}
+        gcs = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+        if gcs and "://" not in gcs:
+            environment["env_vars"] = {"RAY_ADDRESS": gcs}  # see `_own_address`
+        _init(address, address=address, runtime_env=environment)
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -112,6 +116,30 @@ def _init(where: str, **options: Any) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+@contextlib.contextmanager
+def _own_address() -> Iterator[None]:
+    """A context in which a Ray that is started here has an address that its processes know.
+
+    Ray Train looks after the resources of its trials by way of an address that it guesses where it is not told. With
+    another Ray on the machine it guesses none, and a trial that died keeps its CPUs for ever; or the other one's, which
+    knows of no such trial, and the resources of one that runs are taken away.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    ours = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class Cluster:
     """A context in which Ray is up: started here and stopped at the end, or one that was joined before."""
 
@@ -121,16 +149,17 @@ class Cluster:
     def __enter__(self) -> Cluster:
         wanted = self.resources
         if not ray.is_initialized():
-            _init(
-                "this machine",
-                address="local",  # also where another cluster runs: that one is joined by --address only
-                num_cpus=os.cpu_count(),
-                num_gpus=wanted.num_gpus,
-                # Ray Train clears up after itself through the dashboard's State API.
-                include_dashboard=wanted.dashboard_port is not None or wanted.processes_per_trial > 1,
-                dashboard_host="127.0.0.1",
-                dashboard_port=wanted.dashboard_port,
-            )
+            with _own_address():
+                _init(
+                    "this machine",
+                    address="local",  # also where another cluster runs: that one is joined by --address only
+                    num_cpus=os.cpu_count(),
+                    num_gpus=wanted.num_gpus,
+                    # Ray Train clears up after itself through the dashboard's State API.
+                    include_dashboard=wanted.dashboard_port is not None or wanted.processes_per_trial > 1,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=wanted.dashboard_port,
+                )
         try:
             self._check_capacity()
         except ConfigError:
