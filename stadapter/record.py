@@ -15,6 +15,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -172,6 +173,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def fingerprints(result: Mapping[str, Any]) -> dict[str, str]:
     """{split: fingerprint} of the clips that a record stands on."""
     return {split: one["fingerprint"] for split, one in result["data"].items() if isinstance(one, dict)}
+
+
+def without_passwords(text: str) -> str:
+    """The text with *** for the user and password that an address in it carries: for what is shown or kept."""
+    return re.sub(r"//[^/\s]*@", "//***@", text)
 
 
 def bad_clips_in_words(result: dict[str, Any]) -> str:

@@ -113,9 +113,11 @@ class Run:
             )
 
     def interruptible(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches of a test, unless it is to end. Several processes could not agree on it in here, and go on."""
+        """The batches of a test, unless it is to end. Several processes could not agree on it in here, and go on; rank
+        0 is asked all the same, since whoever asks sees that the test moves."""
         for batch in batches:
-            if self.learner.world.size == 1 and self.should_stop is not None and self.should_stop():
+            asked = self.learner.world.rank == 0 and self.should_stop is not None and self.should_stop()
+            if asked and self.learner.world.size == 1:
                 self.obey(_STOP)
             yield batch
 

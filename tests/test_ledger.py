@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ import pytest
 from stadapter import record
 from stadapter.ablation import ledger, lock
 from stadapter.ablation.launch import Launch, Request
-from stadapter.ablation.stopping import GentleStop, watch
+from stadapter.ablation.stopping import GentleStop, Standstill, moving, watch
 from stadapter.ablation.sweep import write_error
 from stadapter.ablation.terminal import Terminal
 from stadapter.ablation.trial import Arm, make_sweep
@@ -122,6 +123,17 @@ def test_a_second_writer_is_told_who_the_first_is(held: tuple[Path, subprocess.P
     assert lock.owner_of(folder) is not None
 
 
+def test_a_password_in_a_command_is_told_to_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / "trials" / "abc"
+    with lock.writing(folder, "ablate_kernel.py --tracking-uri http://me:pass@word@host:1/x --seeds 2"):
+        assert "ablate_kernel.py --tracking-uri http://***@host:1/x --seeds 2" in str(lock.owner_of(folder))
+        kept = [path.read_text() for path in (tmp_path / "locks").iterdir()]
+    assert not any("word" in text for text in kept)
+    error = OSError("s3: no answer from https://me:password@host/bucket")
+    assert write_error(folder, error) == "s3: no answer from https://***@host/bucket"
+    assert "password" not in (folder / "error.txt").read_text()
+
+
 def test_a_writer_that_was_killed_blocks_nobody(held: tuple[Path, subprocess.Popen[str]]) -> None:
     folder, other = held
     other.kill()
@@ -146,6 +158,31 @@ def test_a_live_owner_on_another_machine_is_left_alone_until_it_falls_silent(tmp
         pass
 
 
+def test_without_flock_the_lock_of_a_machine_that_went_down_is_taken_away_when_it_has_fallen_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_flock(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    folder, owner = tmp_path / "trials" / "abc", tmp_path / "locks" / "abc.owner"
+    owner.parent.mkdir()
+    record.write_json(owner, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
+    held = owner.with_suffix(".lock")
+    held.write_text("1\nnode7\n")
+    with pytest.warns(UserWarning, match="flock not supported"):
+        with pytest.raises(lock.Busy, match="process 1 on node7"), lock.writing(folder):
+            pass
+        silent = time.time() - 2 * lock.SILENT_S
+        for path in (owner, held):
+            os.utime(path, (silent, silent))
+        with lock.writing(folder):
+            assert str(os.getpid()) in held.read_text()
+            with pytest.raises(lock.Busy, match=f"process {os.getpid()} on"), lock.writing(folder):
+                pass
+    assert not list(owner.parent.iterdir())
+
+
 # --- asking for an end
 
 
@@ -161,6 +198,26 @@ def test_the_first_signal_asks_for_an_end_and_the_second_ends(tmp_path: Path, ca
             time.sleep(1)
     assert not stop.file.exists()
     assert "once more to stop at once" in capfd.readouterr().out
+
+
+def test_a_training_stands_still_from_the_last_time_that_it_was_seen_to_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, clock = tmp_path / "moves", [100.0]
+    file.touch()  # by a launch before
+    os.utime(file, (0, 0))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    standstill, look = Standstill(file), moving(lambda: False, file)
+    clock[0] += 1e6
+    assert standstill.seconds() == 0  # waiting for its processes to start is no standstill
+    assert look() is False
+    assert standstill.seconds() == 0
+    clock[0] += 4
+    look()  # too soon to touch the file again
+    assert standstill.seconds() == 4
+    clock[0] += 4
+    look()
+    assert standstill.seconds() == 0
 
 
 def test_a_full_disk_is_told_in_one_line_and_does_not_break_into_ray(small_disk: Path) -> None:

@@ -120,6 +120,9 @@ def test_a_secret_s_value_is_refused_and_not_repeated(
         (["ray", "--", "experiments/ablate.py", "--address", "auto"], "leave it out"),
         (["slurm", "--", "experiments/ablate.py", "--output"], "expected one argument"),
         (["slurm", "--", "experiments/ablate.py", "--tracking-uri", "http://me:secret@host"], "holds a password"),
+        (["slurm", "--", "experiments/ablate.py", "--store=http://me:se@cret@host/x"], "holds a password"),
+        (["slurm", "--env", "MLFLOW_TRACKING_URI=http://me:secret@host", "--", "experiments/ablate.py"], "a password"),
+        (["slurm", "--setup", "export HF_TOKEN='secret'", "--", "experiments/ablate.py"], "looks like a secret"),
         (["slurm", "--nodes", "0", "--", "experiments/ablate.py"], "--nodes 0: must be at least 1"),
         (["slurm", "--partition", "a\n#SBATCH --uid=0", "--", "experiments/ablate.py"], "line break"),
         (["slurm", "--", "experiments/ablate.py", "--only", "a\nrm"], "line break"),
@@ -132,7 +135,9 @@ def test_a_secret_s_value_is_refused_and_not_repeated(
 def test_bad_input_has_a_one_line_answer(
     arguments: list[str], message: str, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refusal(capsys, *arguments)
+    refused = refusal(capsys, *arguments)
+    assert message in refused
+    assert "secret@" not in refused and "'secret'" not in refused
 
 
 def test_a_script_outside_git_is_refused(
@@ -412,3 +417,55 @@ def test_an_address_where_nothing_answers_has_a_one_line_answer(
     assert "no Ray dashboard answers there" in refusal(
         capsys, "ray", *address, "--", "experiments/ablate.py", "--output", "/shared/runs"
     )
+
+
+DRIVER = """
+import pathlib, signal, sys, time
+output = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+told = []
+signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+(output / "running").touch()
+while not told:
+    time.sleep(0.02)
+time.sleep(0.5)  # a checkpoint
+(output / "told").write_text(str(len(told)))
+sys.exit(130)
+"""
+
+# Ray's nodes are up at once; Slurm has one node, and writes down what is put back into the queue.
+TOOLS = {
+    "python": 'case "$*" in "-m ray.scripts.scripts start"*) exec sleep 60 ;; '
+    '"-m stadapter.ablation.ray_jobs"*) ;; *) exec {python} "$@" ;; esac',
+    "scontrol": 'case "$1" in requeue) touch {tools}/requeued ;; *) echo here ;; esac',
+}
+
+
+@pytest.mark.parametrize(("asked", "requeued"), [(("USR1", "USR1"), True), (("USR1", "USR2"), False)])
+def test_a_slurm_job_tells_its_driver_once_and_a_stop_after_slurm_s_warning_is_the_end(
+    asked: tuple[str, ...], requeued: bool, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Slurm, whose part this plays; `test_slurm` is with it."""
+    tools, output = tmp_path / "tools", tmp_path / "runs"
+    tools.mkdir()
+    for name, line in TOOLS.items():
+        (tools / name).write_text(f"#!/bin/bash\n{line.format(python=sys.executable, tools=tools)}\n")
+        (tools / name).chmod(0o755)
+    (checkout / "experiments" / "ablate.py").write_text(DRIVER)
+    script = dry_run(
+        capsys, "slurm", "--setup", f"export PATH='{tools}':$PATH", "--grace", "9", script=("--output", str(output))
+    )
+    (folder,) = re.findall(r"^folder='?(.*?)'?$", script, re.MULTILINE)
+    shutil.copytree(checkout, Path(folder) / "code")
+    env = os.environ | {"SLURM_JOB_ID": f"t{os.getpid()}", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here"}
+    job = subprocess.Popen(
+        ["bash", "-c", script], env=env | {"SLURM_CPUS_ON_NODE": "1"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until((output / "running").exists)
+    for number in asked:
+        job.send_signal(getattr(signal, f"SIG{number}"))
+        time.sleep(0.1)
+    _, said = job.communicate(timeout=30)
+    assert (output / "told").read_text() == "1", said
+    assert (tools / "requeued").exists() is requeued
+    assert job.returncode == 130 and (Path(folder) / "ended").exists() is not requeued

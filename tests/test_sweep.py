@@ -320,6 +320,13 @@ def test_the_sweep_folder_describes_the_sweep(output: Path) -> None:
     assert os.listdir(output / "trials") and len(list(output.glob("trials/*/result.json"))) == 4
 
 
+def test_the_processes_of_a_ray_that_is_started_here_know_its_address(cluster: Cluster) -> None:
+    """Ray Train clears up after a trial that died at the address of any Ray on this machine, where it must guess."""
+    before = os.environ.get("RAY_ADDRESS")
+    told = ray.remote(lambda: os.environ.get("RAY_ADDRESS")).options(num_cpus=0)
+    assert ray.get(told.remote()) == ray.get_runtime_context().gcs_address != before
+
+
 def test_a_sweep_with_changed_fields_does_not_replace_the_tables_of_another(
     tiny_recipe: Recipe, tmp_path: Path
 ) -> None:

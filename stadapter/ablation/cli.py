@@ -64,7 +64,7 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("stopped before a trial was started", file=sys.stderr)
+        print("stopped at once; the same command goes on from there", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -196,7 +196,7 @@ def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, st
         if line := compare_with_reality(request.estimate_s, ran, output):
             print(line)
     python = min(sys.executable, os.path.relpath(sys.executable), key=len)
-    again = shlex.join([python, *(word for word in sys.argv if word != "--force")])
+    again = record.without_passwords(shlex.join([python, *(word for word in sys.argv if word != "--force")]))
     if left and stopped:
         print(
             f"{len(left)} of {len(found)} trials have no result. This continues them from their checkpoints:\n  {again}"
@@ -215,7 +215,8 @@ def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, st
         print(f"{holes} of {len(found)} trials have no result; --only left them out.")
     print(f"Tables: {folder}\nNext:")
     if mirror is not None:
-        store = "" if options.tracking_uri == DEFAULT_STORE else f" --tracking-uri {options.tracking_uri}"
+        uri = shlex.quote(record.without_passwords(options.tracking_uri))
+        store = "" if options.tracking_uri == DEFAULT_STORE else f" --tracking-uri {uri}"
         print(f"  {python} -m stadapter.ablation ui{store}    # compare the runs in MLflow")
     another = "ablate_kernel.py" if sweep.name == "width" else "ablate_width.py"
     print(f"  {python} experiments/{another}    # another question")

@@ -5,7 +5,8 @@
 
 On one machine, and on shared file systems that pass flock on (NFS does), the first file decides. Where flock holds on
 one machine only, the second one does: an owner on another machine that was touched lately is left alone. An owner that
-fell silent and comes back finds that the folder is another's, and its process ends before it writes.
+fell silent and comes back finds that the folder is another's, and its process ends. Where there is no flock at all
+(some mounts of Lustre), the first file is a lock by being there, and one whose owner fell silent is taken away.
 
 The locks lie beside the trials, not in them, so that a trial's folder can be moved aside while it is held.
 """
@@ -25,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from stadapter import record
 
@@ -77,7 +78,7 @@ def writing(folder: Path, command: str = "", *, wait: bool = False, locks: Path 
             if not wait:
                 raise
             time.sleep(POLL_S)
-    words = command or shlex.join(sys.argv)
+    words = record.without_passwords(command or shlex.join(sys.argv))
     me = Owner(
         socket.gethostname(),
         os.getpid(),
@@ -98,20 +99,44 @@ def writing(folder: Path, command: str = "", *, wait: bool = False, locks: Path 
         lock.release()
 
 
-def _acquire(path: Path) -> FileLock:
+def _acquire(path: Path) -> BaseFileLock:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_suffix(".lock")
-    lock = FileLock(file, timeout=0, thread_local=False)
+    lock: BaseFileLock = FileLock(file, timeout=0, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
-        raise Busy(f"{path.stem} is being written by {_read(path) or 'another process'}") from None
+        # flock goes when its process goes, on whatever machine; a file that is the lock does not.
+        if not isinstance(lock, SoftFileLock) or not _taken_away(file, path):
+            raise Busy(f"{path.stem} is being written by {_read(path) or 'another process'}") from None
+        return _acquire(path)
     owner = _read(path)
     os.utime(file)  # the file system's own clock, whatever this machine's says
     if owner and owner.machine != _machine() and _silent_s(path, file.stat().st_mtime) <= SILENT_S:
         lock.release()
         raise Busy(f"{path.stem} is being written by {owner}")
     return lock
+
+
+def _taken_away(file: Path, path: Path) -> bool:
+    """Take away a lock that nobody has touched for long, nor its owner's file; whether that was so."""
+    clock, aside = (file.with_name(f"{file.name}.{uuid.uuid4().hex}") for _ in range(2))
+    try:
+        content = file.read_bytes()
+        clock.touch()  # the file system's own clock
+        now = clock.stat().st_mtime
+        if min(_silent_s(file, now), _silent_s(path, now)) <= SILENT_S:
+            return False
+        os.rename(file, aside)
+        if aside.read_bytes() != content:  # somebody else was faster, and has it now
+            os.rename(aside, file)
+            return False
+        return True
+    except FileNotFoundError:  # its owner has just released it, or somebody else is taking it away
+        return False
+    finally:
+        for each in (clock, aside):
+            each.unlink(missing_ok=True)
 
 
 def _beat(path: Path, me: Owner, ended: threading.Event) -> None:

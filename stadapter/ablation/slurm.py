@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stadapter import record
-from stadapter.ablation.submission import COMMIT, Job, check_printable, copy_code
+from stadapter.ablation.submission import COMMIT, Job, check_no_secret, check_printable, copy_code
 from stadapter.config import ConfigError
 
 SHARED_PATHS = True
@@ -57,6 +57,7 @@ def artefact(job: Job, options: argparse.Namespace) -> str:
         value = getattr(options, flag)
         if value is not None and value < least:
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
+    check_no_secret("--setup", options.setup or "")
     folder = _folder(job)
     headers = {
         "job-name": job.id,

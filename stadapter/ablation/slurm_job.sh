@@ -5,11 +5,19 @@
 
 # USR1 comes from Slurm, before the time limit or at a pre-emption: checkpoints, then back into the queue. USR2 comes
 # from `submit stop`: checkpoints, then the end. TERM goes to every process of a job that is cancelled; the driver has
-# had it then, and a second one would cut it off.
-asked='' interrupted='' driver='' head='' workers='' ready=''
+# had it then, and a second one would cut it off: whatever is asked for, and how often, it is told once. A stop after
+# Slurm's warning takes the job out of the queue.
+asked='' interrupted='' driver='' told='' head='' workers='' ready=''
+tell_driver() {
+    if [ -n "$driver" ] && [ -z "$told" ]; then
+        told=yes
+        kill -USR1 "$driver"
+    fi
+}
 ask() {
-    interrupted=yes asked=${asked:-$1}
-    if [ -n "$driver" ] && [ "$1" != TERM ]; then kill -USR1 "$driver"; fi
+    interrupted=yes
+    if [ -z "$asked" ] || [ "$1" = USR2 ]; then asked=$1; fi
+    if [ "$1" != TERM ]; then tell_driver; elif [ -n "$driver" ]; then told=yes; fi
 }
 trap 'ask USR1' USR1
 trap 'ask USR2' USR2
@@ -101,7 +109,7 @@ code=130
 if [ -z "$asked" ]; then
     "$python" @COMMAND@ --address "$address:$port" &
     driver=$!
-    [ -z "$asked" ] || kill -USR1 "$driver"
+    [ -z "$asked" ] || tell_driver
     while interrupted=''; do
         wait "$driver"
         code=$?

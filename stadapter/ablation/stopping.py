@@ -1,7 +1,7 @@
-"""Ending a sweep gently: its trials write a checkpoint first.
+"""Ending a sweep gently: its trials write a checkpoint first. And noticing that one has come to a halt by itself.
 
 The first Ctrl-C, SIGTERM or SIGUSR1 leaves a file that the trials look for, wherever on the file system of --output
-they run. The second ends everything at once.
+they run. The second ends everything at once. A trial of several processes touches a file while it moves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from stadapter.stopping import StopSignals, write
 
 _LOOK_EVERY_S = 0.2  # of a file system that many nodes share, no more is asked
+_TOUCH_EVERY_S = 5.0
 
 
 class GentleStop:
@@ -61,3 +62,39 @@ def watch(file: Path) -> Callable[[], bool]:
         return asked
 
     return look
+
+
+def moving(look: Callable[[], bool], file: Path) -> Callable[[], bool]:
+    """`look`; whoever asks it often enough has the file touched every few seconds."""
+    next_touch = 0.0
+
+    def look_and_touch() -> bool:
+        nonlocal next_touch
+        now = time.monotonic()
+        if now >= next_touch:
+            next_touch = now + _TOUCH_EVERY_S
+            with contextlib.suppress(OSError):  # a full disk: what else it breaks is told, not this
+                file.touch()
+        return look()
+
+    return look_and_touch
+
+
+class Standstill:
+    """Seconds for which the file has not been touched, by this machine's clock alone; 0 until it is there."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.touched = self._touched()
+        self.since: float | None = None  # nothing counts before the first touch that is seen
+
+    def seconds(self) -> float:
+        if (touched := self._touched()) != self.touched:
+            self.touched, self.since = touched, time.monotonic()
+        return 0.0 if self.since is None else time.monotonic() - self.since
+
+    def _touched(self) -> int | None:
+        try:
+            return self.file.stat().st_mtime_ns
+        except OSError:  # not there yet, or a file system that is away for a moment
+            return None

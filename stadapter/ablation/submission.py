@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 from stadapter import record
 from stadapter.ablation.flags import DEFAULT_OUTPUT
@@ -33,6 +32,8 @@ MAX_STEM = 20  # an id then fits the 47 characters that KubeRay allows
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_ASSIGNED = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)=[\"']?[^\s\"'$]", re.IGNORECASE)
+_PASSWORD = re.compile(r"//[^/\s@]*:[^/\s]*@")  # in an address
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -93,6 +94,8 @@ def make_job(words: list[str], env: list[str], secret_env: list[str], *, shared_
     for word in words:
         check_printable("the command", word)
     script, *flags = words
+    for flag in flags:
+        _check_no_password("the command behind `--`", flag)
     if not Path(script).is_file():
         raise ConfigError(f"{script}: there is no such script; paths are relative to the current folder")
     code = _code_of(Path(script).resolve().parent)
@@ -117,12 +120,29 @@ def check_printable(where: str, text: str) -> str:
     return text
 
 
+def check_no_secret(where: str, commands: str) -> None:
+    """ConfigError where shell commands that are written into a file set a secret to its value."""
+    if _ASSIGNED.search(commands) or _PASSWORD.search(commands):
+        raise ConfigError(
+            f"{where}: holds what looks like a secret, and would be written into a file; use --secret-env"
+        )
+
+
+def _check_no_password(where: str, text: str) -> None:
+    if _PASSWORD.search(text):
+        raise ConfigError(
+            f"{where}: holds a password, which would be written into a file; leave it out of the address and use "
+            "--secret-env (MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+        )
+
+
 def _variable(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not _NAME.fullmatch(name):
         raise ConfigError(f"--env {name}: expected NAME=VALUE")
     if _SECRET.search(name):
         raise ConfigError(f"--env {name}=...: looks like a secret, and would be written into a file; use --secret-env")
+    _check_no_password(f"--env {name}", value)
     return name, check_printable(f"--env {name}", value)
 
 
@@ -164,8 +184,6 @@ def _settle_paths(flags: list[str], here: Path | None) -> tuple[list[str], str, 
     if given.weights:
         settled += ["--weights", absolute("--weights", given.weights)]
     store = given.tracking_uri or f"sqlite:///{output}/mlflow.db"
-    if urlsplit(store).password:
-        raise ConfigError("--tracking-uri: holds a password; use --secret-env MLFLOW_TRACKING_PASSWORD instead")
     if store.startswith("sqlite:///"):
         store = "sqlite:///" + absolute("--tracking-uri", store.removeprefix("sqlite:///"))
     return [*rest, *settled, "--tracking-uri", store], output, data_root

@@ -14,7 +14,7 @@ import os
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ from ray import tune
 import stadapter
 from stadapter import record
 from stadapter.ablation import lock
-from stadapter.ablation.stopping import GentleStop, watch
+from stadapter.ablation.stopping import GentleStop, Standstill, moving, watch
 from stadapter.ablation.trial import Trial
 from stadapter.config import ConfigError, Recipe
 from stadapter.running import Stopped
@@ -56,6 +56,8 @@ from stadapter.train import Operation, World, train
 
 REACH_TIMEOUT_S = 5.0
 EPOCHS_POLL_S = 0.5
+STANDSTILL_S = 2400.0  # without a step or a batch of a test; longer than torch waits for a process that is behind
+MOVES = ".moves"  # in a trial's folder: touched while several processes train it
 ERROR = "error.txt"  # in a trial's folder: why it failed last
 Event = Callable[[str, Trial, dict[str, Any]], None]
 
@@ -78,7 +80,11 @@ def join_cluster(address: str) -> int:
     if not ray.is_initialized():
         _check_reachable(address)
         # Its folder, not the module: within a submitted job Ray copies this value, and modules cannot be copied.
-        _init(address, address=address, runtime_env={"py_modules": [str(Path(stadapter.__file__).parent)]})
+        environment: dict[str, Any] = {"py_modules": [str(Path(stadapter.__file__).parent)]}
+        gcs = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+        if gcs and "://" not in gcs:
+            environment["env_vars"] = {"RAY_ADDRESS": gcs}  # see `_own_address`
+        _init(address, address=address, runtime_env=environment)
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -110,6 +116,30 @@ def _init(where: str, **options: Any) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+@contextlib.contextmanager
+def _own_address() -> Iterator[None]:
+    """A context in which a Ray that is started here has an address that its processes know.
+
+    Ray Train looks after the resources of its trials by way of an address that it guesses where it is not told. With
+    another Ray on the machine it guesses none, and a trial that died keeps its CPUs for ever; or the other one's, which
+    knows of no such trial, and the resources of one that runs are taken away.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    ours = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class Cluster:
     """A context in which Ray is up: started here and stopped at the end, or one that was joined before."""
 
@@ -119,16 +149,17 @@ class Cluster:
     def __enter__(self) -> Cluster:
         wanted = self.resources
         if not ray.is_initialized():
-            _init(
-                "this machine",
-                address="local",  # also where another cluster runs: that one is joined by --address only
-                num_cpus=os.cpu_count(),
-                num_gpus=wanted.num_gpus,
-                # Ray Train clears up after itself through the dashboard's State API.
-                include_dashboard=wanted.dashboard_port is not None or wanted.processes_per_trial > 1,
-                dashboard_host="127.0.0.1",
-                dashboard_port=wanted.dashboard_port,
-            )
+            with _own_address():
+                _init(
+                    "this machine",
+                    address="local",  # also where another cluster runs: that one is joined by --address only
+                    num_cpus=os.cpu_count(),
+                    num_gpus=wanted.num_gpus,
+                    # Ray Train clears up after itself through the dashboard's State API.
+                    include_dashboard=wanted.dashboard_port is not None or wanted.processes_per_trial > 1,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=wanted.dashboard_port,
+                )
         try:
             self._check_capacity()
         except ConfigError:
@@ -307,7 +338,7 @@ def _train_in_several_processes(
         context = ray_train.get_context()
         torch.set_num_threads(resources.cpus_per_process)
         world = World(context.get_world_rank(), context.get_world_size(), get_device())
-        should_stop = watch(stop_file) if stop_file else None
+        should_stop = moving(watch(stop_file) if stop_file else lambda: False, folder / MOVES)  # rank 0 asks it
         with contextlib.ExitStack() as held:
             busy = [False]
             if world.rank == 0:  # the one that writes
@@ -348,12 +379,17 @@ def _train_in_several_processes(
     # The epochs are read from the folder, by the one thread that reports to Tune. Ray's own way from Train to Tune has
     # a second thread report into the same queue of one place: when the last epoch meets this function's end there, both
     # wait for ever.
+    standstill = Standstill(folder / MOVES)
     with ThreadPoolExecutor(1) as pool:
         fitting = pool.submit(trainer.fit)
         while wait_for([fitting], timeout=EPOCHS_POLL_S).not_done:
             report_epochs()
+            if (seconds := standstill.seconds()) > STANDSTILL_S:
+                _end_processes(folder, seconds)
         fitting.result()
     report_epochs()
+    with contextlib.suppress(OSError):  # a read-only disk: what else it broke is told, not this
+        (folder / MOVES).unlink(missing_ok=True)
     # Workers return without a word when they were stopped, and when another process had the folder.
     if not (folder / record.RESULT).exists():
         if stop_file is not None and stop_file.exists():
@@ -361,10 +397,16 @@ def _train_in_several_processes(
         raise lock.Busy(f"{folder.name} was being written by {lock.owner_of(folder) or 'another process'}")
 
 
+def _end_processes(folder: Path, seconds: float) -> None:
+    """Fail a trial whose processes wait for each other for ever. They go with this one, which Tune replaces."""
+    write_error(folder, TimeoutError(f"its processes did nothing for {seconds / 60:.0f} min and were ended"))
+    os._exit(1)
+
+
 def write_error(folder: Path, error: Exception) -> str:
     """Leave why a trial failed in its folder, the cause as the last line; returns that line."""
-    text = "".join(traceback.format_exception(error))
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    text = record.without_passwords("".join(traceback.format_exception(error)))
+    cause = record.without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
     with contextlib.suppress(OSError):  # a full or read-only disk may be the very error; the sweep is told anyway
         folder.mkdir(parents=True, exist_ok=True)
         record.write_atomically(folder / ERROR, f"{text}\n{cause}\n".encode())

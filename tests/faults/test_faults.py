@@ -495,6 +495,20 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+@pytest.mark.long
+def test_a_trial_of_two_processes_that_dies_beside_another_ray_gives_its_cpus_back(
+    nodes: Nodes, sweep: Sweep, undisturbed: Sweep
+) -> None:
+    process = sweep.begin("--processes-per-trial", "2", "--cpus-per-process", "1")
+    sweep.wait_for_the_middle_of_the_second()
+    since = time.time()
+    for pid in descendants(process.pid):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ImplicitFunc"):  # starts the two, and waits
+            os.kill(pid, signal.SIGKILL)
+    sweep.end(process)
+    conclude("a trial of two processes dies", "kill -9 of what starts them", sweep, undisturbed, since, exact=False)
+
+
 def test_a_node_that_dies_takes_no_trial_with_it(nodes: Nodes, sweep: Sweep, undisturbed: Sweep) -> None:
     process = sweep.begin("--address", nodes.address)
     last = sweep.wait_for_the_middle_of_the_second()[-1]
