@@ -13,9 +13,10 @@ from benchmarks import memory, plain
 from benchmarks.data import EXACT_LIMIT, KINETICS, SSV2, measure, our_ways, peak_mib, plain_ways
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data.annotations import ClipList
-from stadapter.data.cache import GB, ClipCache
+from stadapter.data.cache import ClipCache
 from stadapter.data.clips import ClipDataset
 from stadapter.data.decoding import check_backend, decode
+from stadapter.data.room import GB
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 
