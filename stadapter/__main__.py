@@ -101,6 +101,11 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
         recompute=options.recompute,
         **reading_flags(options),
     )
+    if options.cache_prefix and world.rank == 0:
+        from stadapter.prefix import check_pixels, describe
+
+        check_pixels(recipe)
+        print("\n".join(describe([recipe], options.cache_prefix)), flush=True)
     live = sys.stderr.isatty()
 
     def announce() -> None:
