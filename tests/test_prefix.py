@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from stadapter import config, record
 from stadapter.__main__ import main as command
+from stadapter.ablation.ledger import Entry, Failures
+from stadapter.ablation.plan import rate_of
 from stadapter.ablation.table import make_rows, notes
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data import clips as clips_module
@@ -23,6 +25,7 @@ from stadapter.data.annotations import load_clips
 from stadapter.data.cliplist import Split
 from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.room import Room
+from stadapter.machine import cpu_name
 from stadapter.model import build_model
 from stadapter.prefix import FIXED, PIXELS, Prefix, Rows, check_pixels, describe, open_prefix, tokens_shape
 from stadapter.running import Stopped
@@ -329,6 +332,18 @@ def test_a_sweep_says_how_much_its_depths_need(fixed: Recipe) -> None:
         "  the lowest 5 of 6 blocks are frozen: 0.04 MB per clip, 0.004 GB for 100 clips",
         "  room for 13 % of that: the other clips are computed each time",
     ]
+
+
+def test_a_plan_takes_no_rate_from_trials_that_read_tokens() -> None:
+    (trial, *_) = made_up.kernel_sweep(seeds=1).trials
+    device = cpu_name()
+    done = made_up.result(trial, 50.0, device=device, processes=1)
+    rates = [
+        rate_of([Entry(trial, done | {"prefix_cache": kept}, 4, False, Failures(), None)], trial.recipe, None)[0]
+        for kept in (None, {"blocks": 4})
+    ]
+    assert rates[0] is not None
+    assert rates[1] is None
 
 
 def test_a_table_says_whose_seconds_depend_on_it() -> None:
