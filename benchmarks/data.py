@@ -30,11 +30,12 @@ from torch import Tensor
 from benchmarks import plain
 from stadapter import machine, recipes
 from stadapter.config import ConfigError, DataConfig, Resize
-from stadapter.data.cache import GB, ClipCache, decode_settings
+from stadapter.data.cache import ClipCache, decode_settings
 from stadapter.data.cliplist import ClipList
 from stadapter.data.clips import ClipDataset
 from stadapter.data.decoding import Backend, check_backend, decode
 from stadapter.data.reading import Reading
+from stadapter.data.room import GB
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 

@@ -7,7 +7,8 @@ else stays the recipe's.
 Expected: more blocks are better, with smaller and smaller gains; late blocks matter more than early ones.
 
 Cost: embedded, 11 arms x 2 seeds: about ten minutes on 2 CPU cores (late blocks alone train faster than all).
-ssv2_clip_b16: 17 arms x N seeds of 50 epochs; choose with --values.
+ssv2_clip_b16: 17 arms x N seeds of 50 epochs; choose with --values. Arms with late blocks alone are many times faster
+with --cache-prefix, on clips that look the same in every epoch (docs/data.md).
 
     python experiments/ablate_depth.py
     python experiments/ablate_depth.py --values last1 last6 first6 all --num-gpus 8 --data-root /data/ssv2

@@ -106,6 +106,11 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> int:
         **speed_flags(options),
         **reading_flags(options),
     )
+    if options.cache_prefix and world.rank == 0:
+        from stadapter.prefix import check_pixels, describe
+
+        check_pixels(recipe)
+        print("\n".join(describe([recipe], options.cache_prefix)), flush=True)
     live = sys.stderr.isatty()
     if world.rank == 0:
         print(machine.set_up(world.device, recipe.optim.precision), flush=True)

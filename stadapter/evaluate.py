@@ -5,7 +5,7 @@ Shapes: B clips, V views, T frames, K classes; with a verb and a noun head, K1 a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ def evaluate(
     opposite_pairs: bool = False,
     label_groups: tuple[int, int] | None = None,
     distributed: bool = False,
+    logits_of: Callable[[dict[str, Any]], Tensor] | None = None,
 ) -> dict[str, float]:
     """Accuracies in per cent over all clips of all processes, and the mean cross-entropy (`loss`).
 
@@ -34,6 +35,8 @@ def evaluate(
     other's time reversal, and `direction_top1` is the share of clips whose own class beats its reversal. With
     `label_groups`, labels are (verb, noun), int64 [B, 2]: `top1` and `top5` are of the action, which is right when both
     are, `verb_top1` and `noun_top1` of each alone, and `loss` is the sum of both.
+
+    `logits_of` gives the logits [B, V, K] of a batch that has no pixels, or not for all of its clips.
     """
     was_training = model.training
     model.eval()
@@ -43,12 +46,15 @@ def evaluate(
     # Sums over clips: whole numbers below 2^53 stay exact in float64.
     totals = torch.zeros(len(names), dtype=torch.float64, device=device)
     for batch in batches:
-        pixels = batch["pixels"].to(device, non_blocking=True)
         label = batch["label"].to(device, non_blocking=True)
         good = ~batch["bad"].to(device, non_blocking=True)
-        B, V = pixels.shape[:2]
+        B = len(label)
         with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype != torch.float32):
-            logits_BVK = model(pixels.flatten(0, 1)).float().unflatten(0, (B, V))
+            if logits_of is None:
+                pixels = batch["pixels"].to(device, non_blocking=True)
+                logits_BVK = model(pixels.flatten(0, 1)).float().unflatten(0, (B, -1))
+            else:
+                logits_BVK = logits_of(batch).float()
         if label_groups is None:
             counts = _count_classes(logits_BVK, label, opposite_pairs)
         else:

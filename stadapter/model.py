@@ -118,48 +118,72 @@ class VideoClassifier(nn.Module):
         """D: the length of the vector that the head reads."""
         return self.vit.shape.width
 
-    def forward(self, pixels_BTCHW: Tensor, head_keep_BD: Tensor | None = None) -> Tensor:
+    def forward(self, pixels_BTCHW: Tensor, head_keep_BD: Tensor | None = None, start: int = 0) -> Tensor:
         """Pixels, uint8 in 0..255 or float in [0, 1] -> logits [B, K], float32.
 
         `head_keep_BD` is dropout before the head: 0 where a feature is dropped, 1 / (1 - p) where it is kept. The
         caller draws it, so that it need not depend on how clips are spread over GPUs; without it nothing is dropped.
+        With a `start` above 0 the pixels are instead tokens [B, T, S, D], as `tokens_before(start)` gives them.
         """
-        scaled = pixels_BTCHW / 255 if pixels_BTCHW.dtype == torch.uint8 else pixels_BTCHW.float()
-        return self.forward_normalised((scaled - self.mean_311) / self.std_311, head_keep_BD)
+        if start:
+            T = pixels_BTCHW.shape[1]
+            x_MSD = self._run(pixels_BTCHW.flatten(0, 1), T, range(start, len(self.vit.blocks)))
+            return self._logits(x_MSD, T, head_keep_BD)
+        return self.forward_normalised(self._normalised(pixels_BTCHW), head_keep_BD)
 
     def forward_normalised(self, pixels_BTCHW: Tensor, head_keep_BD: Tensor | None = None) -> Tensor:
         """As `forward`, for float pixels that are normalised already."""
+        T = pixels_BTCHW.shape[1]
+        return self._logits(self.run_blocks(pixels_BTCHW.flatten(0, 1), T), T, head_keep_BD)
+
+    @torch.no_grad()
+    def tokens_before(self, block: int, pixels_BTCHW: Tensor) -> Tensor:
+        """What this block is given for pixels as in `forward`: tokens [B, T, S, D] without a graph. For the depth:
+        what is read behind the last block."""
         B, T = pixels_BTCHW.shape[:2]
-        x_MSD = self.run_blocks(pixels_BTCHW.flatten(0, 1), T)
+        x_MSD = self.vit.embed(self._normalised(pixels_BTCHW).flatten(0, 1))
+        return self._run(x_MSD, T, range(block)).unflatten(0, (B, T))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        scaled = pixels / 255 if pixels.dtype == torch.uint8 else pixels.float()
+        return (scaled - self.mean_311) / self.std_311
+
+    def _logits(self, x_MSD: Tensor, num_frames: int, head_keep_BD: Tensor | None) -> Tensor:
         # In float32 whatever the precision: it costs nothing here, and a mean and a loss want the digits.
         with torch.autocast(x_MSD.device.type, enabled=False):
-            cls_BTD = x_MSD[:, 0].float().view(B, T, -1)
+            cls_BTD = x_MSD[:, 0].float().unflatten(0, (-1, num_frames))
             if self.temporal is not None:
                 cls_BTD = self.temporal(cls_BTD)
             features_BD = self.vit.norm(cls_BTD.mean(1))
             if self.pool is not None:
-                features_BD = features_BD + self.pool(self.vit.norm(x_MSD.float()).unflatten(0, (B, T)))
+                features_BD = features_BD + self.pool(self.vit.norm(x_MSD.float()).unflatten(0, (-1, num_frames)))
             if head_keep_BD is not None:
                 features_BD = features_BD * head_keep_BD
             return self.head(features_BD)
 
     def run_blocks(self, pixels_MCHW: Tensor, num_frames: int) -> Tensor:
         """Normalised pixels -> tokens after the last block, before the final norm: all if they are pooled, else CLS."""
-        first, last = self.first_trained_block(), len(self.vit.blocks) - 1
-        with _graph_if(first < 0):
+        with _graph_if(self.first_trained_block() < 0):
             x_MSD = self.vit.embed(pixels_MCHW)
-        # What CLS gathers from the patches in an adapter of somebody's own is not known: then all tokens are computed.
-        gathers = self.adapters_are_own and any(map(_adapts_cls, self._adapters_behind(last)))
-        reads_cls_only = self.pool is None and not gathers
-        for index in range(last):
-            with _graph_if(index >= first):  # below the first trained block nothing needs a gradient
-                x_MSD = self.block(index, x_MSD, num_frames, cls_only=False)
+        return self._run(x_MSD, num_frames, range(len(self.vit.blocks)))
+
+    def _run(self, x_MSD: Tensor, num_frames: int, blocks: range) -> Tensor:
+        first, last, reads_cls_only = self.first_trained_block(), len(self.vit.blocks) - 1, self.reads_cls_only()
         # With only CLS to compute, the last block is cheap, but would keep nearly as much as any other. What somebody
-        # else adds to it may draw random numbers, and is computed once.
-        cheap = reads_cls_only and self.time is None and not self.adapters_are_own and type(self) is VideoClassifier
-        with _graph_if(last >= first):
-            run = functools.partial(self.block, last, num_frames=num_frames, cls_only=reads_cls_only)
-            return _recomputed(run, x_MSD) if cheap else run(x_MSD)
+        # else adds to it may draw random numbers, and is computed once; so is a block that is all there is to keep.
+        plain = type(self) is VideoClassifier and self.time is None and not self.adapters_are_own
+        again = reads_cls_only and plain and first < last
+        for index in blocks:
+            run = functools.partial(self.block, index, num_frames=num_frames, cls_only=index == last and reads_cls_only)
+            with _graph_if(index >= first):  # below the first trained block nothing needs a gradient
+                x_MSD = _recomputed(run, x_MSD) if again and index == last else run(x_MSD)
+        return x_MSD
+
+    def reads_cls_only(self) -> bool:
+        """Whether nothing but CLS is read behind the last block."""
+        # What CLS gathers from the patches in an adapter of somebody's own is not known: then all tokens are computed.
+        behind = self._adapters_behind(len(self.vit.blocks) - 1)
+        return self.pool is None and not (self.adapters_are_own and any(map(_adapts_cls, behind)))
 
     def block(self, index: int, x_MSD: Tensor, num_frames: int, cls_only: bool) -> Tensor:
         """One block with all that is around it. With `cls_only` nothing but CLS is read behind it: the patches' queries
@@ -201,6 +225,11 @@ class VideoClassifier(nn.Module):
             elif group not in ("head", "temporal", "pool") and not (group == "vit" and path[0] == "norm"):
                 blocks.add(-1)  # the embedding, attention over time, and whatever a derived model adds
         return min(blocks)
+
+    def frozen_blocks(self) -> int:
+        """How many blocks, counted from the lowest, are the frozen backbone's and nothing else: 0 ... depth."""
+        adapted = [int(block) for place in PLACES for block in getattr(self, place)]  # an own one may train nothing
+        return max(0, min([self.first_trained_block(), *adapted]))
 
     def adapters(self) -> list[nn.Module]:
         """All of them, place by place."""

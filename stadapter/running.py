@@ -18,6 +18,7 @@ from stadapter import checkpointing, record
 from stadapter.config import Recipe
 from stadapter.data.bad_clips import BadClips
 from stadapter.model import VideoClassifier, load_trainable_state, trainable_state
+from stadapter.prefix import Prefix
 
 
 class Stopped(Exception):
@@ -44,6 +45,7 @@ class Learner:
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler  # does nothing unless the precision is float16
     frozen_sha256: str  # of what is not trained, before it was cast; rank 0 alone works it out
+    prefix: Prefix | None = None  # the blocks whose tokens are kept; None: nothing is
 
 
 @dataclass

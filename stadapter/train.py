@@ -46,6 +46,7 @@ from stadapter.model import (
     trainable_parameters,
 )
 from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
+from stadapter.prefix import Rows, kept_splits, open_prefix
 from stadapter.running import Clock, Learner, Run, World
 
 TEST_BATCH_FACTOR = 4  # without a graph, a pass of this many times the clips fits the same memory
@@ -71,6 +72,7 @@ class Operation:
     cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
     elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
     checkpoint_every_s: float = record.DEFAULT_CHECKPOINT_EVERY_S  # in an epoch; 0: every step
+    cache_prefix_gb: float = 0  # tokens behind frozen blocks, on this node's disk; 0 keeps none
     recompute: bool = False  # the MLPs' activations in the backward pass: less memory, more time, the same bits
     compile: bool = False  # by torch.compile: minutes at the start, and other rounding
 
@@ -79,6 +81,10 @@ class Operation:
             raise ConfigError(f"--clips-per-pass {self.clips_per_pass}: must be at least 1")
         if self.num_workers < 0:
             raise ConfigError(f"--num-workers {self.num_workers}: must be at least 0")
+        if self.cache_prefix_gb and self.elsewhere is not None:
+            raise ConfigError(
+                "--cache-prefix: not together with --decode-on-cluster, whose nodes do not have the tokens kept here"
+            )
         if not self.checkpoint_every_s >= 0:
             raise ConfigError(f"--checkpoint-every {self.checkpoint_every_s}: must be at least 0 seconds")
 
@@ -136,6 +142,8 @@ def train(
     if world.rank == 0:
         record.prepare_folder(folder, recipe)
     learner = _make_learner(recipe, operation, world)
+    prefix = open_prefix(learner.model, recipe, operation.cache_prefix_gb, operation.decoder, world.device)
+    learner = dataclasses.replace(learner, prefix=prefix)
     bad = {split: BadClips(split, len(clips[split]), operation.max_bad_share) for split in ("train", "test")}
     run = Run(folder, learner, bad["train"], seen, epoch_steps, operation.checkpoint_every_s, should_stop, clock)
     run.resume()
@@ -183,6 +191,7 @@ def train(
         "chosen": chosen,
         "compiled": operation.compile,
         "recomputed": operation.recompute,
+        "prefix_cache": prefix and prefix.summary(),
         "bad_clips": {split: found.summary() for split, found in bad.items()},
         "data": {split: {"fingerprint": fingerprint, "clips": len(clips[split])} for split, fingerprint in seen.items()}
         | {"decoder": "pyav" if operation.decoder == "auto" else operation.decoder},
@@ -224,7 +233,9 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner
     return Learner(recipe, world, model, replica, make_optimizer(model, optim), scaler, frozen_sha256)
 
 
-def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool) -> ClipDataset:
+def _dataset(
+    clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool, rows: Rows | None
+) -> ClipDataset:
     # The whole embedded world fits in memory, and the next trial in this process finds it there.
     in_memory = data.dataset.startswith("embedded_") and operation.num_workers == 0
     reading = Reading(
@@ -234,7 +245,7 @@ def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation,
         spill=default_spill(operation.spill_gb),
         cache=open_cache(clips.root, operation.cache_gb, operation.decoder, data.decoded_short_side),
     )
-    return ClipDataset(clips, data, seed, train=train, reading=reading)
+    return ClipDataset(clips, data, seed, train=train, reading=reading, rows=rows)
 
 
 def _load_steps(
@@ -244,9 +255,10 @@ def _load_steps(
     recipe, world = learner.recipe, learner.world
     share = recipe.optim.global_batch // world.size
     clips_per_pass = min(operation.clips_per_pass or share, share)
+    rows = learner.prefix.open_rows(clips) if learner.prefix else None
     batches = bad.watch(
         train_loader(
-            _dataset(clips, recipe.data, recipe.seed, operation, train=True),
+            _dataset(clips, recipe.data, recipe.seed, operation, train=True, rows=rows),
             recipe.optim.global_batch,
             steps=steps,
             rank=world.rank,
@@ -319,7 +331,6 @@ def _backward(learner: Learner, passes: list[dict[str, Any]], step: int) -> Tens
         masks_GD = dropout_mask(recipe.seed, step, optim.global_batch, learner.model.width, optim.head_dropout)
     loss_sum = torch.zeros((), device=world.device)
     for number, batch in enumerate(passes, start=1):
-        pixels_BTCHW = batch["pixels"].to(world.device, non_blocking=True)
         label_B = batch["label"].to(world.device, non_blocking=True)
         mask_BD = None if masks_GD is None else masks_GD[batch["position"]].to(world.device, non_blocking=True)
         replica = learner.replica
@@ -327,7 +338,10 @@ def _backward(learner: Learner, passes: list[dict[str, Any]], step: int) -> Tens
         # Gradients are exchanged once per step, with the last pass.
         with replica.no_sync() if accumulate_only else nullcontext():  # type: ignore[operator]  # checked just above
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                logits_BK = replica(pixels_BTCHW, mask_BD)
+                if learner.prefix is None:
+                    logits_BK = replica(batch["pixels"].to(world.device, non_blocking=True), mask_BD)
+                else:
+                    logits_BK = replica(learner.prefix.tokens(batch, "train"), mask_BD, learner.prefix.blocks)
             loss = summed_loss(logits_BK.float(), label_B, recipe.data.label_groups, optim.label_smoothing)
             # DistributedDataParallel averages over processes: the factor makes it the mean over the global batch.
             learner.scaler.scale(loss * (world.size / optim.global_batch)).backward()
@@ -344,8 +358,15 @@ def _test(run: Run, clips: ClipList, bad: BadClips, operation: Operation, *, all
     views = data.test_temporal_views * data.test_spatial_views
     share = max(1, recipe.optim.global_batch // world.size)
     clips_at_once = max(1, min(operation.clips_per_pass or share, share) * TEST_BATCH_FACTOR // views)
+    rows = logits_of = None
+    if (prefix := learner.prefix) is not None and clips.split in kept_splits(data):
+        rows = prefix.open_rows(clips)
+
+        def logits_of(batch: dict[str, Any]) -> Tensor:
+            return learner.model(prefix.tokens(batch, clips.split), start=prefix.blocks).unsqueeze(1)
+
     batches = test_loader(
-        _dataset(clips, data, recipe.seed, operation, train=False),
+        _dataset(clips, data, recipe.seed, operation, train=False, rows=rows),
         clips_at_once,
         rank=world.rank,
         world=world.size,
@@ -361,6 +382,7 @@ def _test(run: Run, clips: ClipList, bad: BadClips, operation: Operation, *, all
         opposite_pairs=any(clips.reversed),
         label_groups=data.label_groups,
         distributed=world.size > 1,
+        logits_of=logits_of,
     )
     if world.size > 1:
         bad.gather()

@@ -18,9 +18,10 @@ from stadapter.ablation.plan import UTILISATION, Work, operations
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList
-from stadapter.data.cache import GB, ClipCache
+from stadapter.data.cache import ClipCache
 from stadapter.data.clips import ClipDataset
 from stadapter.data.decoding import check_backend, decode
+from stadapter.data.room import GB
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 from stadapter.running import World

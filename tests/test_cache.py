@@ -18,16 +18,16 @@ import torch
 from videos import decode_all, scene, write_video
 
 from stadapter.config import ConfigError, DataConfig, Recipe, replace
-from stadapter.data import cache as cache_module
 from stadapter.data import decoding, storage
 from stadapter.data.annotations import ClipList
-from stadapter.data.cache import GB, ClipCache, decode_settings, open_cache
+from stadapter.data.cache import ClipCache, decode_settings, open_cache
 from stadapter.data.clips import ClipDataset, train_loader
 from stadapter.data.decoding import ClipError, decode
 from stadapter.data.disk_need import DiskNeed, describe, disk_need
 from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.packets import Indices, PathLike
 from stadapter.data.reading import Reading, read_frames
+from stadapter.data.room import BLOCK, GB, disk_bytes
 from stadapter.data.storage import Spill
 from stadapter.train import Operation, train
 
@@ -176,7 +176,7 @@ def test_a_full_cache_stays_within_its_limit_and_changes_no_frame(make: Callable
 def test_a_new_data_set_takes_the_room_of_an_old_one(make: Callable[..., ClipCache], video: Path) -> None:
     old = make(100_000)
     old.read(video, range(6), decode)
-    old._protection.close()  # type: ignore[union-attr]  # as when its process ends
+    old.room._protection.close()  # type: ignore[union-attr]  # as when its process ends
     new = make(60_000, root=Path("/elsewhere"))
     assert new.used_bytes() < 10_000
     assert not old.clips.exists()
@@ -345,8 +345,8 @@ def test_more_epochs_and_seeds_never_need_more_than_all_frames(clips: ClipList) 
     lists = {"train": clips, "val": clips, "test": clips}
     needs = [disk_need(lists, CONFIG, epochs, num_seeds=epochs).looked_at for epochs in (1, 2, 30)]
     assert needs == sorted(needs)
-    tests_too = len(clips) * CONFIG.num_frames * (FRAME_BYTES + cache_module.BLOCK)
-    assert needs[-1] <= sum(range(12, 18)) * (FRAME_BYTES + cache_module.BLOCK) + tests_too
+    tests_too = len(clips) * CONFIG.num_frames * (FRAME_BYTES + BLOCK)
+    assert needs[-1] <= sum(range(12, 18)) * (FRAME_BYTES + BLOCK) + tests_too
 
 
 def test_a_need_above_the_limit_is_told(tmp_path: Path) -> None:
@@ -382,6 +382,6 @@ def test_a_negative_size_is_a_config_error() -> None:
 def test_the_module_counts_what_is_on_the_disk(make: Callable[..., ClipCache], video: Path) -> None:
     cache = make()
     cache.read(video, [0, FRAMES - 1], decode)
-    on_disk = cache_module._disk_bytes(cache.clips)
+    on_disk = disk_bytes(cache.clips)
     assert 2 * FRAME_BYTES < on_disk < FRAMES * FRAME_BYTES
     assert abs(make().used_bytes() - on_disk) < 4096

@@ -124,7 +124,7 @@ def _run(
 
         from stadapter import machine
 
-        _notes(dead, clips, options)
+        _notes(sweep, dead, clips, options)
         if options.address is None:
             print(machine.set_up(torch.device("cuda" if num_gpus else "cpu"), sweep.recipe.optim.precision))
     return launch(request)
@@ -200,6 +200,11 @@ def _check(sweep: Sweep, options: argparse.Namespace, num_gpus: int) -> tuple[di
     costs = {arm: cost_of(recipe) for arm, recipe in {t.arm: t.recipe for t in sweep.trials}.items()}
     for data in {trial.recipe.data for trial in sweep.trials}:
         check_transforms(data)
+    if options.cache_prefix:
+        from stadapter.prefix import check_pixels
+
+        for trial in sweep.trials:
+            check_pixels(trial.recipe)
     processes_per_trial(options, num_gpus, sweep.recipe.optim.global_batch)
     return (
         {arm: cost.dead_params for arm, cost in costs.items()},
@@ -309,7 +314,7 @@ def _describe_sweep(sweep: Sweep, output: Path) -> None:
     save_sweep(sweep, output)
 
 
-def _notes(dead: dict[str, int], clips: dict[str, ClipList], options: argparse.Namespace) -> None:
+def _notes(sweep: Sweep, dead: dict[str, int], clips: dict[str, ClipList], options: argparse.Namespace) -> None:
     for arm, count in dead.items():
         if count:
             print(
@@ -322,3 +327,9 @@ def _notes(dead: dict[str, int], clips: dict[str, ClipList], options: argparse.N
         recipe = _recipe(options)
         need = disk_need(clips, recipe.data, recipe.optim.epochs, options.seeds)
         print(describe(need, options.cache_gb, options.seeds))
+    if options.cache_prefix:
+        from stadapter import prefix
+
+        arms = {trial.arm: trial.recipe for trial in sweep.trials}
+        kept = {clips[split].fingerprint(): len(clips[split]) for split in prefix.kept_splits(sweep.recipe.data)}
+        print("\n".join(prefix.describe(list(arms.values()), options.cache_prefix, sum(kept.values()))))

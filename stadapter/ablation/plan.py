@@ -32,6 +32,7 @@ from stadapter.ablation.trial import Sweep, Trial
 from stadapter.config import ConfigError, Recipe
 from stadapter.cost import Cost, cost_of, meta_model
 from stadapter.data.annotations import load_clips
+from stadapter.prefix import check_pixels
 
 UTILISATION = 0.35  # of the vendor's peak, where no trial has finished yet
 USABLE = 0.9  # of a GPU's memory: the rest is the libraries' and the allocator's
@@ -142,6 +143,8 @@ def rate_of(entries: Sequence[Entry], recipe: Recipe, gpu: str | None) -> tuple[
     for entry in entries:
         if (done := entry.result) is None or done["precision"] != recipe.optim.precision:
             continue
+        if done.get("prefix_cache"):  # it did not compute what `operations` counts
+            continue
         if (done["device"] != here) if gpu is None else (gpu_named(done["device"]) != gpu):
             continue
         own = entry.trial.recipe
@@ -175,6 +178,9 @@ def estimate_seconds(
 
 def show_plan(sweep: Sweep, selected: Sequence[Trial], entries: Sequence[Entry], options: argparse.Namespace) -> int:
     """Print it; returns the exit code."""
+    if options.cache_prefix:
+        for trial in sweep.trials:
+            check_pixels(trial.recipe)
     num_gpus = _planned_gpus(options)
     gpu = _gpu(options) if num_gpus else None
     processes = options.gpus_per_trial if num_gpus else options.processes_per_trial or 1
@@ -258,6 +264,11 @@ def _notes(
         )
     disk = f"Disk: {checkpoint_bytes / MIB:,.0f} MiB of checkpoints and results"
     lines.append(disk + (f", and up to {options.cache_gb:g} GB of decoded frames." if options.cache_gb else "."))
+    if options.cache_prefix:
+        lines.append(
+            f"--cache-prefix: up to {options.cache_prefix:g} GB of tokens on each node; the hours are without it, an "
+            "upper bound for arms with frozen lower blocks."
+        )
     return lines
 
 

@@ -196,6 +196,9 @@ def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
     if any(row.diverged for row in rows):
         lines.append(f"{DIVERGED} the training of at least one seed diverged; its number is in the mean.")
     lines.append("GMACs count all test views of a clip; seconds are per trial; MiB: peak memory (CPU: of the process).")
+    kept = sum(bool(r and r.get("prefix_cache")) for r in records)
+    if kept:
+        lines.append(f"{kept} trials read the tokens of their frozen blocks from a cache: their seconds depend on it.")
     values = {str(row.published): row.published for row in rows if row.published}
     if values:
         said = [f"{value} {p.source} ({p.status})" for value, p in values.items()]

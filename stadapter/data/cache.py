@@ -11,48 +11,39 @@ seed look at the same frames in the same epochs: the second decodes nothing. A f
 and checked against it when it is read: a frame cut short by a crash is decoded again, never shown. Two processes that
 write the same frame write the same bytes, so nobody waits.
 
-What is full stays as it is: a sweep walks through its clips again and again, and replacing the clips used longest ago
-would replace each just before its turn. Room is made only at a start, by removing what other data sets or decoder
-settings left behind. The cache must lie on a local file system (locks, sparse files, memory mapping).
+How much disk they may take, and what is removed for them, is `room`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import mmap
 import os
-import shutil
 import struct
 import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
-from stadapter.config import ConfigError
 from stadapter.data.packets import Indices, PathLike, resolve_indices
+from stadapter.data.room import BLOCK, GB, Room, cache_folder
 from stadapter.data.storage import data_root, is_remote
 
 Decode = Callable[[PathLike, Indices], np.ndarray]
 
-GB = 10**9
 _HEADER = struct.Struct("<8sQQQ")
 _MAGIC = b"stacl\x00\x00\x01"  # the last byte counts the format's versions
-BLOCK = 4096
-_USED, _LOCK = "used-bytes", ".lock"
 
 
 def default_folder() -> Path:
     """$STADAPTER_CACHE/clips, or ~/.cache/stadapter/clips."""
-    return Path(os.environ.get("STADAPTER_CACHE") or Path.home() / ".cache" / "stadapter") / "clips"
+    return cache_folder("clips")
 
 
 def decode_settings(backend: str, short_side: int | None) -> str:
@@ -70,34 +61,19 @@ def decode_settings(backend: str, short_side: int | None) -> str:
 class ClipCache:
     """The frames of one data set, decoded with one setting, in a folder that holds at most `limit_bytes` in all.
 
-    Picklable: loader workers share it by its folder. The process that makes it protects its frames from removal by
-    others for as long as it lives.
+    Picklable, and protected from removal by others, as its `Room` is.
     """
 
     def __init__(self, root: PathLike, limit_bytes: int, settings: str, folder: Path | None = None) -> None:
         """`root` is the data set's, `settings` as by `decode_settings`; `folder` is `default_folder()` if not given."""
-        self.folder, self.limit_bytes = folder or default_folder(), limit_bytes
         text = json.dumps([_MAGIC.hex(), data_root(os.fspath(root)), settings])
-        self.clips = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._protection: IO[bytes] | None = None
-        try:
-            self.clips.mkdir(parents=True, exist_ok=True)
-            self._protection = open(self.clips / _LOCK, "ab")  # noqa: SIM115  # held until this process ends
-        except OSError as error:
-            raise ConfigError(
-                f"--cache-gb: {self.folder} cannot be written ({error.strerror}); set STADAPTER_CACHE to a local folder"
-            ) from None
-        fcntl.flock(self._protection, fcntl.LOCK_SH)
-        os.utime(self.clips)
-        self._make_room()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_protection": None}
+        self.clips = (folder or default_folder()) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.room = Room(self.clips, limit_bytes, "--cache-gb")
 
     def read(self, path: PathLike, indices: Indices, decode: Decode) -> np.ndarray:
         """The frames as by `decode(path, indices)`, which is asked for missing ones only."""
         try:
-            identity = _identity(path)
+            identity = file_identity(path)
         except OSError:
             return decode(path, indices)  # says what is wrong
         name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -131,9 +107,8 @@ class ClipCache:
             return np.stack([found[index] for index in wanted])
 
     def used_bytes(self) -> int:
-        """Of the whole folder, by its running count; exact after the start of a process that is alone."""
-        with self._count() as count:
-            return count[0]
+        """Of the whole folder: `Room.used_bytes`."""
+        return self.room.used_bytes()
 
     def _store(self, file: Path, total: int, frames: dict[int, np.ndarray]) -> None:
         """Keep frames if there is room; a full or broken disk leaves them out and costs nothing else."""
@@ -142,37 +117,11 @@ class ClipCache:
             self.clips.mkdir(parents=True, exist_ok=True)
         size = sum(frame.nbytes + BLOCK for frame in frames.values()) + (0 if file.exists() else _marks_end(total))
         with contextlib.suppress(OSError):
-            with self._count() as count:
-                if count[0] + size > self.limit_bytes:
-                    return
-                count[0] += size
+            if not self.room.take(size):
+                return
             if not file.exists():
                 _create(file, total, first.shape[0], first.shape[1])
             _write(file, total, frames)
-
-    @contextlib.contextmanager
-    def _count(self) -> Iterator[list[int]]:
-        """[bytes used], for this process alone; what it is changed to is kept."""
-        with open(self.folder / _USED, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            text = file.read()
-            count = [int(text or 0)]
-            before = count[0]
-            yield count
-            if count[0] != before:
-                file.truncate(0)
-                file.write(str(count[0]).encode())
-
-    def _make_room(self) -> None:
-        """Count what is there; above nine tenths of the limit, remove other clips, those used longest ago first."""
-        with self._count() as count:
-            sizes = {folder: _disk_bytes(folder) for folder in self.folder.iterdir() if folder.is_dir()}
-            others = sorted((folder for folder in sizes if folder != self.clips), key=lambda f: f.stat().st_mtime)
-            for folder in others:
-                if sum(sizes.values()) > 0.9 * self.limit_bytes and _remove_unused(folder):
-                    del sizes[folder]
-            count[0] = sum(sizes.values())
 
 
 @functools.cache
@@ -223,7 +172,7 @@ class _Cached:
         return pixels.reshape(self.shape) if mark == _mark(pixels) else None
 
 
-def _identity(path: PathLike) -> str:
+def file_identity(path: PathLike) -> str:
     """What changes when a file does; an address stands for a file that never changes, as in `storage`."""
     if is_remote(path):
         return os.fspath(path)
@@ -257,24 +206,3 @@ def _write(file: Path, total: int, frames: dict[int, np.ndarray]) -> None:
             pixels = np.ascontiguousarray(frame)
             os.pwrite(handle.fileno(), pixels.data, _marks_end(total) + index * pixels.nbytes)
             os.pwrite(handle.fileno(), struct.pack("<Q", _mark(pixels)), _HEADER.size + 8 * index)
-
-
-def _disk_bytes(folder: Path) -> int:
-    """What the folder takes on the disk: the places of missing frames take nothing."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.stat(os.path.join(parent, name)).st_blocks * 512
-    return total
-
-
-def _remove_unused(folder: Path) -> bool:
-    """Remove a data set's clips unless a running process uses them."""
-    with contextlib.suppress(OSError), open(folder / _LOCK, "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        doomed = folder.with_name(f".removed-{folder.name}-{time.time_ns()}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-        return True
-    return False

@@ -14,12 +14,12 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data import storage
@@ -28,6 +28,9 @@ from stadapter.data.decoding import ClipError
 from stadapter.data.reading import Reading, Sampling, read_frames
 from stadapter.data.sampling import dense_indices, uniform_indices
 from stadapter.data.transforms import check_transforms, pixel_dtype, test_views, train_pixels
+
+if TYPE_CHECKING:
+    from stadapter.prefix import Rows  # above this room: handed down
 
 TrainKey = tuple[int, int, int]  # showing (epoch * repeats + repeat), index of the clip, position in the global batch
 
@@ -47,12 +50,23 @@ class ClipDataset(Dataset[dict[str, Any]]):
     A clip that cannot be read is tried twice and then marked `bad`. In training the next readable clip stands in for
     it, with its own label; in testing its pixels are zeros, and it must be counted as wrong. `reason` then has a line
     "index<tab>path: why" for each clip that could not be read, and is empty otherwise.
+
+    With `rows` (`stadapter.prefix.Rows`), a clip whose row is there has tokens [T, S, D] in place of pixels, and is not
+    read. Of the others, `row` int64 [] is where the tokens of these pixels belong, with the `stamp` int64 [] that the
+    file had before it was read, or -1 if they must not be kept.
     """
 
     def __init__(
-        self, clips: ClipList, config: DataConfig, seed: int, train: bool, reading: Reading | None = None
+        self,
+        clips: ClipList,
+        config: DataConfig,
+        seed: int,
+        train: bool,
+        reading: Reading | None = None,
+        rows: Rows | None = None,
     ) -> None:
         check_transforms(config)
+        self.rows = rows
         self.config, self.seed, self.train = config, seed, train
         self.root, self.reading = clips.root, reading or Reading()
         # Tensors are handed to workers as shared memory, where lists of a million strings would be copied to each.
@@ -80,15 +94,28 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 item["position"] = torch.tensor(key[2])
             return item
         try:
-            return self._item(key, _twice(self._test_pixels, key), key, [])
+            return self._item(key, self._shown(key, self._test_pixels, key), key, [])
         except ClipError as error:
             c = self.config
             shape = (c.test_temporal_views * c.test_spatial_views, c.num_frames, 3, c.frame_size, c.frame_size)
-            return self._item(key, torch.zeros(shape, dtype=pixel_dtype(c)), key, [_reason(key, error)])
+            shown = {"pixels": torch.zeros(shape, dtype=pixel_dtype(c))}
+            if self.rows is not None:
+                shown |= {"row": torch.tensor(key), "stamp": torch.tensor(-1)}
+            return self._item(key, shown, key, [_reason(key, error)])
 
-    def _item(self, index: int, pixels: Tensor, source: int, reasons: list[str]) -> dict[str, Any]:
+    def _shown(self, index: int, read: Callable[..., Tensor], *key: int) -> dict[str, Tensor]:
+        """A clip's pixels, or its tokens where they are kept. ClipError."""
+        if self.rows is None:
+            return {"pixels": _twice(read, *key)}
+        stamp = self.rows.stamp(self.path(index))
+        tokens = self.rows.read(index, stamp) if stamp >= 0 else None
+        if tokens is not None:
+            return {"tokens": tokens}
+        return {"pixels": _twice(read, *key), "row": torch.tensor(index), "stamp": torch.tensor(stamp)}
+
+    def _item(self, index: int, shown: dict[str, Tensor], source: int, reasons: list[str]) -> dict[str, Any]:
         return {
-            "pixels": pixels,
+            **shown,
             "label": self._labels[source].clone(),
             "index": torch.tensor(index),
             "bad": torch.tensor(bool(reasons)),
@@ -101,7 +128,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         for offset in range(min(_MAX_REPLACEMENTS + 1, len(self))):
             source = (index + offset) % len(self)
             try:
-                return self._item(index, _twice(self._train_pixels, showing, source), source, reasons)
+                return self._item(index, self._shown(source, self._train_pixels, showing, source), source, reasons)
             except ClipError as error:
                 reasons.append(_reason(source, error))
                 last = error
@@ -146,11 +173,22 @@ def _reason(index: int, error: ClipError) -> str:
     return f"{index}\t{' '.join(str(error).split())}"
 
 
-def _twice(read: Any, *key: int) -> Tensor:
+def _twice(read: Callable[..., Tensor], *key: int) -> Tensor:
     try:
         return read(*key)
     except ClipError:  # storage hiccups pass
         return read(*key)
+
+
+def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of items with `rows`: `cached` bool [B], tokens of those that have them, pixels of the others."""
+    partial = ("tokens", "pixels", "row", "stamp")
+    batch = default_collate([{name: v for name, v in item.items() if name not in partial} for item in items])
+    batch["cached"] = torch.tensor(["tokens" in item for item in items])
+    for name in partial:
+        if found := [item[name] for item in items if name in item]:
+            batch[name] = default_collate(found)
+    return batch
 
 
 def steps_per_epoch(num_clips: int, global_batch: int, repeats: int = 1) -> int:
@@ -244,7 +282,7 @@ def train_loader(
     )
     if elsewhere is not None:
         return elsewhere(dataset, batches)
-    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_workers(num_workers))
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_loading(dataset, num_workers))
 
 
 def test_loader(
@@ -263,10 +301,14 @@ def test_loader(
     batches = [list(share[start : start + batch]) for start in range(0, len(share), batch)]
     if elsewhere is not None:
         return elsewhere(dataset, batches)
-    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_workers(num_workers))
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_loading(dataset, num_workers))
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
+
+
+def _loading(dataset: ClipDataset, num_workers: int) -> dict[str, Any]:
+    return {"collate_fn": None if dataset.rows is None else _collate, **_workers(num_workers)}
 
 
 def _workers(num_workers: int) -> dict[str, Any]:

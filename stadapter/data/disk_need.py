@@ -11,9 +11,10 @@ import numpy as np
 
 from stadapter.config import DataConfig
 from stadapter.data import storage
-from stadapter.data.cache import BLOCK, GB, default_folder
+from stadapter.data.cache import default_folder
 from stadapter.data.cliplist import ClipList, split_segment
 from stadapter.data.decoding import ClipError, count_frames, frame_size, reduced_size
+from stadapter.data.room import BLOCK, GB
 
 _LOOKED_AT = 16  # clips per list
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any, get_args
 
 from stadapter.config import ConfigError
@@ -22,6 +23,13 @@ def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
         "--cache-gb", type=float, default=0.0, metavar="GB",
         help="keep decoded frames on this much of each node's disk, in $STADAPTER_CACHE or ~/.cache/stadapter: the "
         "next trial of the same seed decodes nothing (default: 0, none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-prefix", type=float, default=0.0, metavar="GB",
+        help="keep the tokens that leave the frozen blocks below the first adapter on this much of each node's disk, "
+        "in $STADAPTER_CACHE/prefix or ~/.cache/stadapter/prefix: for all epochs, seeds and arms of the same depth, a "
+        "clip is decoded once and those blocks are computed once. For recipes whose clips look the same in every epoch "
+        "(data.fixed_frames=true, no augmentation); recorded, and the same numbers to rounding (default: 0, none)",
     )  # fmt: skip
     parser.add_argument(
         "--max-bad-share", type=float, default=DEFAULT_MAX_BAD_SHARE, metavar="SHARE",
@@ -48,10 +56,13 @@ def reading_flags(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--spill-gb {options.spill_gb:g}: must be at least 0")
     if options.cache_gb < 0:
         raise ConfigError(f"--cache-gb {options.cache_gb:g}: must be at least 0")
+    if not 0 <= options.cache_prefix < math.inf:
+        raise ConfigError(f"--cache-prefix {options.cache_prefix:g}: must be a number of gigabytes, at least 0")
     check_backend(options.decoder)
     return {
         "decoder": options.decoder,
         "cache_gb": options.cache_gb,
+        "cache_prefix_gb": options.cache_prefix,
         "max_bad_share": options.max_bad_share,
         "clip_time_limit_s": options.clip_time_limit,
         "spill_gb": options.spill_gb,

@@ -1,0 +1,306 @@
+"""The tokens that leave the frozen lower blocks of a depth arm, computed once per clip and kept on this node's disk.
+
+What is computed below the first trained or adapted block depends on the clip's pixels and the frozen weights alone.
+Where a clip has the same pixels in every epoch (`check_pixels`), so do its tokens: later epochs, other seeds, and other
+arms of the same depth read them, and neither decode the clip nor compute those blocks. The tokens of a clip are
+computed from it alone, never together with others, so it does not matter to any bit of a training which of them were
+there when it began.
+
+One file holds the rows of one list of clips, for one frozen prefix:
+
+    header   magic, number of rows, T, S, D, name of the type
+    marks    uint64 per clip: 0 while its row is missing, else 2^32 + the CRC-32 of its file's identity and its bytes
+    rows     tokens [clips, T, S, D]
+
+A mark is written after its row, and checked against it and the clip's file when it is read: a row cut short, damaged,
+or of a file that has changed since is computed again. Two processes that write a row write the same bytes.
+
+Shapes: B clips, T frames, S = 1 + N tokens (CLS alone where nothing else is read), D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import stadapter
+from stadapter.config import RESULTS_VERSION, ConfigError, DataConfig, Recipe
+from stadapter.cost import meta_model
+from stadapter.data.cache import decode_settings, file_identity
+from stadapter.data.cliplist import ClipList, split_segment
+from stadapter.data.room import BLOCK, GB, Room, cache_folder
+from stadapter.model import VideoClassifier
+
+FLAG = "--cache-prefix"
+_HEADER = struct.Struct("<8sQQQQ16s")
+_MAGIC = b"stapre\x00\x01"  # the last byte counts the format's versions
+
+# Fields of `data` that change a clip's pixels from epoch to epoch, and the value at which they do not.
+FIXED: dict[str, Any] = {
+    "fixed_frames": True,
+    "short_side_jitter": None,
+    "random_resized_crop": None,
+    "horizontal_flip": False,
+    "rand_augment": None,
+    "random_erasing": 0.0,
+    "repeated_augmentation": 1,
+}
+# Those that decide the pixels of a clip then. The others say which clips there are, and what is made of the logits.
+PIXELS = ("num_frames", "frame_size", "sampling", "frame_stride", "decoded_short_side", "resize")
+
+
+def check_pixels(recipe: Recipe) -> None:
+    """ConfigError unless a clip of this recipe has the same pixels in every epoch, and its blocks are the package's."""
+    random = {name: value for name, value in FIXED.items() if getattr(recipe.data, name) != value}
+    if random:
+        name = next(iter(random))
+        sets = " ".join(f"--set data.{field}={str(value).lower()}" for field, value in random.items())
+        raise ConfigError(
+            f"{FLAG}: data.{name} = {getattr(recipe.data, name)} changes a clip's pixels from epoch to epoch, so no "
+            f"tokens can be kept; leave the flag out, or train without that ({sets}), which is another training"
+        )
+    if recipe.own.model:
+        raise ConfigError(
+            f"{FLAG}: own.model = {recipe.own.model}: what a model of your own computes below its trained blocks is "
+            "not known; leave the flag out"
+        )
+
+
+def kept_splits(data: DataConfig) -> tuple[str, ...]:
+    """The lists whose tokens are kept. A test of several views happens once, and its clips are computed as ever."""
+    one_view = data.test_temporal_views * data.test_spatial_views == 1
+    return ("train", "val", "test") if one_view else ("train", "val")
+
+
+class Rows:
+    """The tokens of the clips of one list, each under its index in the list; `shape` is (T, S, D).
+
+    Picklable, and protected from removal by others, as its `Room` is.
+    """
+
+    def __init__(self, room: Room, num_clips: int, shape: tuple[int, int, int]) -> None:
+        self.room, self.num_clips, self.shape = room, num_clips, shape
+        self.file = room.own / "rows"
+        self._content: mmap.mmap | None = None
+        self._dtype = torch.float32
+        self._is_full = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_content": None}
+
+    def stamp(self, path: str) -> int:
+        """A number that changes with the clip's file; -1 where there is no such file."""
+        try:
+            identity = file_identity(split_segment(path)[0])
+        except OSError:
+            return -1
+        return zlib.crc32(f"{identity}/{path}".encode("utf-8", "surrogateescape"))
+
+    def read(self, index: int, stamp: int) -> Tensor | None:
+        """[T, S, D], or None where the row is missing or not as it was written."""
+        if (content := self._open()) is None or not (mark := self._mark(content, index)):
+            return None
+        size = self._row_bytes(self._dtype)
+        row = np.frombuffer(content, np.uint8, size, _marks_end(self.num_clips) + index * size).copy()
+        if mark != _mark(row, stamp):
+            return None
+        return torch.from_numpy(row).view(self._dtype).view(self.shape)
+
+    def write(self, index: int, stamp: int, tokens_TSD: Tensor) -> None:
+        """Keep a row if there is room; a disk that is full or broken leaves it out, with a warning."""
+        if self._is_full:
+            return
+        tokens = tokens_TSD.contiguous().cpu()
+        try:
+            if (content := self._open()) is None:
+                self._create(tokens.dtype)
+                content = self._open()
+            if content is None or tokens.dtype != self._dtype:
+                raise OSError(f"{self.file} is of another type than {tokens.dtype}")
+            size = self._row_bytes(tokens.dtype)
+            if not self._mark(content, index) and not self.room.take(size + BLOCK):
+                self._is_full = True
+                return
+            row = tokens.view(torch.uint8).numpy()
+            with open(self.file, "r+b", buffering=0) as handle:
+                os.pwrite(handle.fileno(), row.data, _marks_end(self.num_clips) + index * size)
+                os.pwrite(handle.fileno(), struct.pack("<Q", _mark(row, stamp)), _HEADER.size + 8 * index)
+        except OSError as error:
+            self._is_full = True
+            warnings.warn(f"{FLAG}: no more tokens are kept in {self.file}: {error}", stacklevel=2)
+
+    def count(self) -> int:
+        """How many rows are there."""
+        content = self._open()
+        if content is None:
+            return 0
+        return int(np.count_nonzero(np.frombuffer(content, np.uint64, self.num_clips, _HEADER.size)))
+
+    def _row_bytes(self, dtype: torch.dtype) -> int:
+        T, S, D = self.shape
+        return T * S * D * dtype.itemsize
+
+    def _mark(self, content: mmap.mmap, index: int) -> int:
+        return int(struct.unpack_from("<Q", content, _HEADER.size + 8 * index)[0])
+
+    def _open(self) -> mmap.mmap | None:
+        """The file in memory; None where there is none yet, or it is not one of these."""
+        if self._content is None:
+            with contextlib.suppress(OSError, ValueError, struct.error), open(self.file, "rb") as handle:
+                magic, *numbers, name = _HEADER.unpack(handle.read(_HEADER.size))
+                dtype = getattr(torch, name.rstrip(b"\0").decode(), None)
+                if (magic, numbers) == (_MAGIC, [self.num_clips, *self.shape]) and isinstance(dtype, torch.dtype):
+                    end = _marks_end(self.num_clips) + self.num_clips * self._row_bytes(dtype)
+                    if os.fstat(handle.fileno()).st_size == end:
+                        self._content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+                        self._dtype = dtype
+        return self._content
+
+    def _create(self, dtype: torch.dtype) -> None:
+        """An empty file, which appears under its name at once and whole; one that cannot be read is replaced."""
+        part = self.file.with_name(f".new-{os.getpid()}-{threading.get_ident()}")
+        name = str(dtype).removeprefix("torch.").encode()
+        with open(part, "wb") as file:
+            file.write(_HEADER.pack(_MAGIC, self.num_clips, *self.shape, name))
+            file.truncate(_marks_end(self.num_clips) + self.num_clips * self._row_bytes(dtype))
+        try:
+            os.link(part, self.file)
+        except FileExistsError:
+            if self._open() is None:  # else another process was faster
+                os.replace(part, self.file)
+        part.unlink(missing_ok=True)
+
+
+@dataclass
+class Prefix:
+    """The frozen lower blocks of a model in training, `blocks` of them, and the rows of its lists of clips."""
+
+    model: VideoClassifier
+    blocks: int
+    shape: tuple[int, int, int]  # (T, S, D) of a clip's tokens
+    key: dict[str, Any]  # what tokens depend on besides the clips
+    limit_bytes: int
+    device: torch.device
+    rows: dict[str, Rows] = field(default_factory=dict)  # by split
+    found: dict[str, int] = field(default_factory=dict)  # rows that were there at the start
+
+    def open_rows(self, clips: ClipList) -> Rows:
+        """The rows of this list, opened once."""
+        if clips.split not in self.rows:
+            is_train = clips.split == "train"  # other lists may name the same clips: they share their rows
+            text = json.dumps([self.key, clips.root, clips.fingerprint(), is_train], sort_keys=True)
+            folder = cache_folder("prefix") / hashlib.sha256(text.encode()).hexdigest()[:16]
+            rows = Rows(Room(folder, self.limit_bytes, FLAG), len(clips), self.shape)
+            self.rows[clips.split], self.found[clips.split] = rows, rows.count()
+        return self.rows[clips.split]
+
+    def tokens(self, batch: dict[str, Any], split: str) -> Tensor:
+        """[B, T, S, D] of a batch of `ClipDataset`'s items with the split's rows: as read, or computed and kept."""
+        is_kept = batch["cached"].tolist()
+        if all(is_kept):
+            kept: Tensor = batch["tokens"]
+            return kept.to(self.device, non_blocking=True)
+        fresh = []
+        for place, pixels in enumerate(batch["pixels"].to(self.device, non_blocking=True)):
+            # [T, 3, H, W], or a test's single view [1, T, 3, H, W]
+            tokens = self.model.tokens_before(self.blocks, pixels.view(1, *pixels.shape[-4:]))[0]
+            if (stamp := int(batch["stamp"][place])) >= 0:
+                self.rows[split].write(int(batch["row"][place]), stamp, tokens)
+            fresh.append(tokens)
+        remaining, known = iter(fresh), iter(batch.get("tokens", ()))
+        return torch.stack([next(known).to(self.device) if kept else next(remaining) for kept in is_kept])
+
+    def summary(self) -> dict[str, Any]:
+        """For a record, since times depend on it: rows there at the start of this launch, and at its end."""
+        return {
+            "blocks": self.blocks,
+            "rows": {split: rows.count() for split, rows in self.rows.items()},
+            "rows_at_start": dict(self.found),
+        }
+
+
+def open_prefix(
+    model: VideoClassifier, recipe: Recipe, gigabytes: float, decoder: str, device: torch.device
+) -> Prefix | None:
+    """What a training with the flag keeps tokens by; None where nothing is to be kept. ConfigError: `check_pixels`."""
+    if not gigabytes:
+        return None
+    check_pixels(recipe)
+    if not (blocks := model.frozen_blocks()):
+        return None
+    key = {
+        "format": _MAGIC.hex(),
+        "versions": [RESULTS_VERSION, torch.__version__, stadapter.__version__],
+        "weights": _digest(model, blocks),
+        "blocks": blocks,
+        "shape": repr(model.vit.shape),
+        "tokens": tokens_shape(model, recipe),
+        "data": {name: getattr(recipe.data, name) for name in PIXELS},
+        "reading": decode_settings(decoder, recipe.data.decoded_short_side),
+        "computed": [recipe.optim.precision, device.type],
+    }
+    return Prefix(model, blocks, tokens_shape(model, recipe), key, int(gigabytes * GB), device)
+
+
+def tokens_shape(model: VideoClassifier, recipe: Recipe) -> tuple[int, int, int]:
+    """(T, S, D) of a clip's tokens behind the model's frozen blocks."""
+    shape = model.vit.shape
+    cls_only = model.frozen_blocks() == shape.depth and model.reads_cls_only()
+    return recipe.data.num_frames, 1 if cls_only else 1 + shape.num_patches, shape.width
+
+
+def describe(recipes: Sequence[Recipe], gigabytes: float, clips: int | None = None) -> list[str]:
+    """What the user should know before it starts: a line for all of them, and one for each depth.
+
+    With the number of `clips` to keep, also the disk that they need.
+    """
+    found: dict[tuple[int, int], int] = {}  # (blocks, depth) -> bytes per clip
+    for recipe in recipes:
+        model = meta_model(recipe)
+        T, S, D = tokens_shape(model, recipe)
+        found[model.frozen_blocks(), model.vit.shape.depth] = 4 * T * S * D
+    lines = [f"prefix cache: {cache_folder('prefix')}, at most {gigabytes:g} GB per node"]
+    for (blocks, depth), row_bytes in sorted(found.items()):
+        if not blocks:
+            lines.append("  trained from the first block on: nothing to keep, computed as without the flag")
+            continue
+        need = "" if clips is None else f", {clips * row_bytes / GB:.2g} GB for {clips:,} clips"
+        lines.append(f"  the lowest {blocks} of {depth} blocks are frozen: {row_bytes / 1e6:.2g} MB per clip{need}")
+    need_bytes = (clips or 0) * sum(size for (blocks, _), size in found.items() if blocks)
+    if need_bytes > gigabytes * GB:
+        share = gigabytes * GB / need_bytes
+        lines.append(f"  room for {100 * share:.0f} % of that: the other clips are computed each time")
+    return lines
+
+
+def _digest(model: VideoClassifier, blocks: int) -> str:
+    """SHA-256 over all that the tokens behind the lowest blocks are computed with."""
+    vit, digest = model.vit, hashlib.sha256()
+    above = ("norm.", *(f"blocks.{index}." for index in range(blocks, len(vit.blocks))))
+    tensors = [(name, t) for name, t in [*vit.named_parameters(), *vit.named_buffers()] if not name.startswith(above)]
+    for name, tensor in [*sorted(tensors), ("mean", model.mean_311), ("std", model.std_311)]:
+        digest.update(f"{name} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().float().contiguous().cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _marks_end(num_clips: int) -> int:
+    return -(-(_HEADER.size + 8 * num_clips) // BLOCK) * BLOCK
+
+
+def _mark(row: np.ndarray, stamp: int) -> int:
+    return 2**32 + zlib.crc32(row.data, stamp)
