@@ -119,7 +119,7 @@ def add_completion(commands: Commands) -> None:
         '  eval "$(stadapter completion bash)"    # in ~/.bashrc\n'
         "  stadapter completion zsh > ~/.zfunc/_stadapter    # in a folder of zsh's $fpath",
     )
-    parser.add_argument("shell", choices=["bash", "zsh"])
+    parser.add_argument("shell", choices=["bash", "zsh"], help="bash or zsh")
     parser.set_defaults(run=_completion)
 
 

@@ -64,7 +64,7 @@ def recipe_of(state: Mapping[str, Tensor], base: Recipe | None, source: str) -> 
         if match := re.fullmatch(r"(before|after)\.(\d+)\.conv\.weight", name):
             places.setdefault(match[1], set()).add(int(match[2]))
     if not places or "head.weight" not in state:
-        lacking = "a head (fc)" if places else "adapters (adapter_pre_attn, adapter_pre_mlp)"
+        lacking = "head (fc)" if places else "adapters (adapter_pre_attn, adapter_pre_mlp)"
         raise ConfigError(f"{source}: has no {lacking}, so it is not a checkpoint of the authors' ST-Adapter code")
     (blocks, *others) = places.values()
     if others and others[0] != blocks:
