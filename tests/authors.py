@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import open_clip
 import torch
-from test_golden import Golden
+from test_golden import FILES, Golden
 
 from stadapter import config, recipes
 from stadapter.config import Recipe
@@ -32,26 +32,22 @@ def authors_file(path: Path, golden: Golden, *, half: bool = False, backbone: bo
 
 
 @cache
-def golden_backbone() -> str:
-    """The name of the golden vectors' backbone, an architecture that open_clip was told of."""
-    (c,) = {json.dumps({k: v for k, v in Golden(file).config.items() if "adapter" not in k}) for file in FILES}
-    shape = json.loads(c)
+def golden_backbone(layers: int = 3) -> str:
+    """The name of the golden vectors' backbone, an architecture that open_clip was told of; or of its first layers."""
+    c = Golden(FILES[0]).config
     vision = {
-        "image_size": shape["input_resolution"],
-        "patch_size": shape["patch_size"],
-        "width": shape["width"],
-        "layers": shape["layers"],
-        "head_width": shape["width"] // shape["heads"],
+        "image_size": c["input_resolution"],
+        "patch_size": c["patch_size"],
+        "width": c["width"],
+        "layers": layers,
+        "head_width": c["width"] // c["heads"],
     }
     with TemporaryDirectory() as folder:
-        file = Path(folder) / "golden.json"
+        file = Path(folder) / f"golden-{layers}.json"
         file.write_text(json.dumps({"embed_dim": 16, "quick_gelu": True, "vision_cfg": vision, "text_cfg": {}}))
         open_clip.add_model_config(file)
-    return "open_clip/golden"
+    return f"open_clip/{file.stem}"
 
 
-def golden_recipe() -> Recipe:
-    return config.replace(recipes.ssv2_clip_b16, **{"backbone.name": golden_backbone()})
-
-
-FILES = sorted((Path(__file__).parent / "data").glob("*.safetensors"))
+def golden_recipe(layers: int = 3) -> Recipe:
+    return config.replace(recipes.ssv2_clip_b16, **{"backbone.name": golden_backbone(layers)})
