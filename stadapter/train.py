@@ -233,9 +233,10 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner
     return Learner(recipe, world, model, replica, make_optimizer(model, optim), scaler, frozen_sha256)
 
 
-def _dataset(
-    clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool, rows: Rows | None
+def make_dataset(
+    clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool, rows: Rows | None = None
 ) -> ClipDataset:
+    """The clips as pixels, read as the operation says; as tokens where `rows` has them."""
     # The whole embedded world fits in memory, and the next trial in this process finds it there.
     in_memory = data.dataset.startswith("embedded_") and operation.num_workers == 0
     reading = Reading(
@@ -258,7 +259,7 @@ def _load_steps(
     rows = learner.prefix.open_rows(clips) if learner.prefix else None
     batches = bad.watch(
         train_loader(
-            _dataset(clips, recipe.data, recipe.seed, operation, train=True, rows=rows),
+            make_dataset(clips, recipe.data, recipe.seed, operation, train=True, rows=rows),
             recipe.optim.global_batch,
             steps=steps,
             rank=world.rank,
@@ -366,7 +367,7 @@ def _test(run: Run, clips: ClipList, bad: BadClips, operation: Operation, *, all
             return learner.model(prefix.tokens(batch, clips.split), start=prefix.blocks).unsqueeze(1)
 
     batches = test_loader(
-        _dataset(clips, data, recipe.seed, operation, train=False, rows=rows),
+        make_dataset(clips, data, recipe.seed, operation, train=False, rows=rows),
         clips_at_once,
         rank=world.rank,
         world=world.size,

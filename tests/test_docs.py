@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from stadapter.__main__ import main
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- tested -->\n)?```bash\n(.*?)```", re.DOTALL)
 
@@ -47,3 +51,17 @@ def test_the_dry_runs_of_the_page_on_clusters_work_as_written() -> None:
         assert words[0] == "python"
         done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "/shared/ssv2" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_commands_about_trained_models_work_as_written(
+    undisturbed: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "one").symlink_to(undisturbed)
+    (tmp_path / "clips").symlink_to(clip_folder)
+    monkeypatch.chdir(tmp_path)
+    blocks = [block for tested, block in BLOCK.findall((ROOT / "docs" / "library.md").read_text()) if tested]
+    assert blocks
+    for line in "".join(blocks).splitlines():
+        command, *words = shlex.split(line.replace("/data/mine", str(clip_folder)))
+        assert (command, main(words)) == ("stadapter", 0), line

@@ -138,8 +138,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy", choices=typing.get_args(Strategy), help="what is trained (default: what the recipe says)"
     )
     parser.add_argument("--trials", type=int, default=16, metavar="N", help="new trials (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE")
-    parser.add_argument("--data-root", type=data_root, metavar="FOLDER")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE",
+        help="change a field of the recipe, such as optim.epochs=1; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data-root", type=data_root, metavar="FOLDER",
+        help="where the data set lies, or its address (s3://...); the embedded one needs none",
+    )  # fmt: skip
     parser.add_argument("--weights", type=Path, metavar="FILE", help="backbone weights from this file")
     parser.add_argument("--no-early-stopping", action="store_true", help="train every trial to its end")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="one per trial (default: all that there are)")
