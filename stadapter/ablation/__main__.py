@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from stadapter.ablation import ledger, submit, table, tune
 from stadapter.ablation.flags import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
 from stadapter.ablation.trial import load_sweep, records, sweep_folders
 from stadapter.config import ConfigError
+from stadapter.record import without_passwords
 
 DEFAULT_UI_PORT = 5000
 
@@ -118,7 +120,8 @@ def _status(options: argparse.Namespace) -> int:
 def _ui(options: argparse.Namespace) -> int:
     store = options.tracking_uri
     if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
-        raise ConfigError(f"--tracking-uri {store}: there is no such file; run an ablation first, or name its store")
+        shown = without_passwords(store)
+        raise ConfigError(f"--tracking-uri {shown}: there is no such file; run an ablation first, or name its store")
     check_port("--port", options.port)
     from stadapter.ablation.mlflow_store import pages
 
@@ -130,15 +133,18 @@ def _ui(options: argparse.Namespace) -> int:
         "-m",
         "mlflow",
         "ui",
-        "--backend-store-uri",
-        store,
         "--host",
         "127.0.0.1",
         "--port",
         str(options.port),
+        "--workers",
+        "1",
     ]
     try:
-        return subprocess.run([*command, "--workers", "1"]).returncode
+        # Not an argument: whoever lists processes would read a password in it.
+        return subprocess.run(
+            [*command, "--workers", "1"], env=os.environ | {"MLFLOW_BACKEND_STORE_URI": store}
+        ).returncode
     except KeyboardInterrupt:
         return 0
 
@@ -153,10 +159,11 @@ def _table(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from stadapter.ablation.tracking import sync
 
+    store = without_passwords(options.tracking_uri)
     for folder in sweep_folders(options.output):
         sweep = load_sweep(folder)
         finished, begun = sync(sweep, options.output.resolve(), options.tracking_uri)
-        print(f"{folder.name}: {finished} finished trials and {begun} begun ones are in {options.tracking_uri}")
+        print(f"{folder.name}: {finished} finished trials and {begun} begun ones are in {store}")
     return 0
 
 

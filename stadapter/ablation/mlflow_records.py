@@ -23,9 +23,9 @@ def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[
     Of several parents with the same name and recipe, the one begun last counts. ConfigError where the store cannot be
     read or holds no sweep.
     """
-    file = tracking_uri.removeprefix("sqlite:///")
+    file, shown = tracking_uri.removeprefix("sqlite:///"), record.without_passwords(tracking_uri)
     if file != tracking_uri and not Path(file).exists():
-        raise ConfigError(f"--tracking-uri {tracking_uri}: there is no such file")
+        raise ConfigError(f"--tracking-uri {shown}: there is no such file")
     found: dict[str, tuple[Sweep, list[dict[str, Any] | None]]] = {}
     try:
         client = MlflowClient(tracking_uri)
@@ -39,10 +39,10 @@ def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[
                     found[name] = sweep, _records(client, parent, sweep)
     except STORE_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"--tracking-uri {tracking_uri}: cannot be read ({reason[:160]})") from None
+        raise ConfigError(f"--tracking-uri {shown}: cannot be read ({reason[:160]})") from None
     if not found:
         raise ConfigError(
-            f"--tracking-uri {tracking_uri}: holds no sweep with its {SWEEP}; "
+            f"--tracking-uri {shown}: holds no sweep with its {SWEEP}; "
             "`python -m stadapter.ablation sync` brings it up to date"
         )
     return [found[name] for name in sorted(found)]
