@@ -1,16 +1,25 @@
-"""`python -m stadapter`: one training from the command line, in this process or under torchrun."""
+"""The console command, `stadapter` or `python -m stadapter`: every command, over the functions that scripts use.
+
+`train` is here, in this process or under torchrun. Commands about trained models are in `stadapter.commands`, those
+about sweeps in `stadapter.ablation`, about data in `stadapter.data`. Nothing heavy is imported before a command runs.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from stadapter import config, recipes
+from stadapter import __version__, commands, config, recipes
+from stadapter.ablation import __main__ as sweeps
+from stadapter.ablation import submit
+from stadapter.commands import Commands, add_parser
 from stadapter.config import ConfigError, Recipe
+from stadapter.data import __main__ as data
 from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.storage import data_root
 from stadapter.record import DEFAULT_CHECKPOINT_EVERY_S, WriteError, bad_clips_in_words
@@ -19,22 +28,117 @@ from stadapter.stopping import StopSignals, write
 STOPPED = 130  # as a shell tells of Ctrl-C
 ONE_REQUEST_S = 2.0  # a terminal and torchrun both pass on one Ctrl-C
 
+EPILOG = """\
+one way through:
+  stadapter train --recipe embedded --output runs/one   train on the videos in the package
+  stadapter evaluate runs/one                           test it again
+  stadapter predict runs/one clips/                     ask it about videos
+  stadapter export runs/one --output model.pt2          take it elsewhere
+
+exit codes: 0 done; 1 failed, in whole or for some clip, trial or video; 2 the input cannot work, nothing was started;
+130 stopped (a training or sweep goes on with the same command). `stadapter COMMAND --help` explains each."""
+
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["submit"]:  # has a grammar of its own: a script's flags stand behind --
+            return submit.main(arguments[1:])
+        options = make_parser().parse_args(arguments)
+        return int(options.run(options))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m stadapter",
+        prog="stadapter",
         description="Finding out what matters when a frozen image transformer is adapted to video.",
-        epilog="exit codes: 0 done; 1 the training failed; 2 the input cannot work; 130 stopped (again to go on)",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
+    parser.add_argument("--version", action="version", version=f"stadapter {__version__}")
+    each: Commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_train(each)
+    commands.add_evaluate(each)
+    commands.add_predict(each)
+    commands.add_export(each)
+    commands.add_convert(each)
+    add_plan(each)
+    of_sweeps = add_group(each, "sweep", "look at sweeps that have run, and search for settings")
+    for add in (sweeps.add_status, sweeps.add_table, sweeps.add_ui, sweeps.add_tune):
+        add(of_sweeps)
+    sweeps.add_sync(each)
+    each.add_parser("submit", help="run a script on Slurm, Ray or Kubernetes", add_help=False)
+    data.add_check(add_group(each, "data", "look after data sets"))
+    add_completion(each)
+    return parser
+
+
+def add_group(commands: Commands, name: str, summary: str) -> Commands:
+    group = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    return group.add_subparsers(dest=f"{name}_command", required=True, metavar="COMMAND")
+
+
+def add_plan(commands: Commands) -> None:
+    parser = add_parser(
+        commands,
+        "plan",
+        "say what a sweep would cost, and start nothing",
+        "Say which trials of a script's sweep are done, and what the others will cost: the script with\n"
+        "--plan. It needs neither GPUs nor data. The script's own flags follow it.",
+        "examples:\n"
+        "  stadapter plan experiments/ablate_kernel.py\n"
+        "  stadapter plan experiments/ablate_kernel.py --recipe ssv2_clip_b16 --num-gpus 8 --gpu a100-80gb",
+    )
+    parser.add_argument("script", type=Path, metavar="SCRIPT", help="an experiment's Python file")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags; SCRIPT --help lists them")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if not options.script.is_file():
+        raise ConfigError(f"{options.script}: there is no such script; name one such as experiments/ablate_kernel.py")
+    return subprocess.run([sys.executable, str(options.script), *options.flags, "--plan"]).returncode
+
+
+def add_completion(commands: Commands) -> None:
+    parser = add_parser(
+        commands,
+        "completion",
+        "print what makes a shell complete these commands",
+        "Print a script that makes bash or zsh complete commands and flags.",
+        "examples:\n"
+        '  eval "$(stadapter completion bash)"    # in ~/.bashrc\n'
+        "  stadapter completion zsh > ~/.zfunc/_stadapter    # in a folder of zsh's $fpath",
+    )
+    parser.add_argument("shell", choices=["bash", "zsh"])
+    parser.set_defaults(run=_completion)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(make_parser(), options.shell))
+    return 0
+
+
+def add_train(commands: Commands) -> None:
+    train = add_parser(
+        commands,
         "train",
-        help="train and test one recipe",
-        description="Train and test one recipe, in this process, or in several under torchrun:\n\n"
+        "train and test one recipe",
+        "Train and test one recipe, in this process, or in several under torchrun:\n\n"
         "  torchrun --nproc-per-node 8 -m stadapter train --recipe ssv2_clip_b16 \\\n"
         "      --data-root /data/ssv2 --output runs/ssv2",
-        epilog=recipes.listing(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        recipes.listing(),
     )
     train.add_argument("--recipe", default="embedded", metavar="NAME", help="which training (default: %(default)s)")
     train.add_argument(
@@ -73,17 +177,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="within an epoch; each epoch ends with a checkpoint as well (default: %(default)g)",
     )  # fmt: skip
     add_reading_flags(train)
-    options = parser.parse_args(arguments)
-    try:
-        fields = dict(config.parse_override(text) for text in options.overrides)
-        recipe = config.replace(recipes.get(options.recipe), **{"seed": options.seed, **fields})
-        return _train(recipes.with_weights(recipe, options.weights), options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    train.set_defaults(run=_train)
 
 
-def _train(recipe: Recipe, options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> int:
+    fields = dict(config.parse_override(text) for text in options.overrides)
+    recipe = config.replace(recipes.get(options.recipe), **{"seed": options.seed, **fields})
+    return _train_recipe(recipes.with_weights(recipe, options.weights), options)
+
+
+def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from stadapter.ablation import lock

@@ -68,7 +68,8 @@ def evaluate(
     return result
 
 
-def _mean_probability(logits_BVK: Tensor) -> Tensor:
+def mean_probability(logits_BVK: Tensor) -> Tensor:
+    """Logits [B, V, K] -> probabilities [B, K]: softmax over classes, mean over views."""
     return F.softmax(logits_BVK, dim=-1).mean(dim=1)
 
 
@@ -84,7 +85,7 @@ def _loss(own_B1: Tensor) -> Tensor:
 
 def _count_classes(logits_BVK: Tensor, label_B: Tensor, opposite_pairs: bool) -> dict[str, Tensor]:
     """{metric: value of each clip, [B]}"""
-    prob_BK = _mean_probability(logits_BVK)
+    prob_BK = mean_probability(logits_BVK)
     own_B1 = prob_BK.gather(1, label_B[:, None])
     rank_B = _rank(prob_BK, own_B1)
     counts = {"top1": rank_B < 1, "top5": rank_B < 5, "loss": _loss(own_B1)}
@@ -95,7 +96,7 @@ def _count_classes(logits_BVK: Tensor, label_B: Tensor, opposite_pairs: bool) ->
 
 def _count_actions(logits_BVK: Tensor, label_B2: Tensor, groups: tuple[int, int]) -> dict[str, Tensor]:
     """{metric: value of each clip, [B]}; an action's probability is its verb's times its noun's."""
-    verb_BK, noun_BK = (_mean_probability(part) for part in logits_BVK.split(groups, dim=-1))
+    verb_BK, noun_BK = (mean_probability(part) for part in logits_BVK.split(groups, dim=-1))
     own_verb_B1, own_noun_B1 = verb_BK.gather(1, label_B2[:, :1]), noun_BK.gather(1, label_B2[:, 1:])
     verb, noun = _rank(verb_BK, own_verb_B1) < 1, _rank(noun_BK, own_noun_B1) < 1
     action_BK = (verb_BK[:, :, None] * noun_BK[:, None, :]).flatten(1)

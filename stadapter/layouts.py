@@ -82,7 +82,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     Reads safetensors, what `torch.save` wrote, and the TorchScript archives that OpenAI published CLIP as.
     A ConfigError if the file cannot be read, is of another kind, or has another layout.
     """
-    state = _strip("module.", _read_tensors(file))
+    state = read_tensors(file)
     names = "\n".join(state)
     if re.search(r"^blocks\.\d+\.fc1\.weight$", names, re.MULTILINE):
         ours = state
@@ -100,7 +100,8 @@ def read_state(file: Path) -> dict[str, Tensor]:
     return ours
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of one of these kinds, under the names they have there. ConfigError as for `read_state`."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -114,7 +115,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, Mapping):
         raise ConfigError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors")
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return _strip("module.", {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)})
 
 
 def _unpickle(file: Path) -> Any:

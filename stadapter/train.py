@@ -215,7 +215,8 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner
     return Learner(recipe, world, model, replica, make_optimizer(model, optim), scaler, frozen_sha256)
 
 
-def _dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool) -> ClipDataset:
+def make_dataset(clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool) -> ClipDataset:
+    """The clips as pixels, read as the operation says."""
     # The whole embedded world fits in memory, and the next trial in this process finds it there.
     in_memory = data.dataset.startswith("embedded_") and operation.num_workers == 0
     reading = Reading(
@@ -237,7 +238,7 @@ def _load_steps(
     clips_per_pass = min(operation.clips_per_pass or share, share)
     batches = bad.watch(
         train_loader(
-            _dataset(clips, recipe.data, recipe.seed, operation, train=True),
+            make_dataset(clips, recipe.data, recipe.seed, operation, train=True),
             recipe.optim.global_batch,
             steps=steps,
             rank=world.rank,
@@ -336,7 +337,7 @@ def _test(run: Run, clips: ClipList, bad: BadClips, operation: Operation, *, all
     share = max(1, recipe.optim.global_batch // world.size)
     clips_at_once = max(1, min(operation.clips_per_pass or share, share) * TEST_BATCH_FACTOR // views)
     batches = test_loader(
-        _dataset(clips, data, recipe.seed, operation, train=False),
+        make_dataset(clips, data, recipe.seed, operation, train=False),
         clips_at_once,
         rank=world.rank,
         world=world.size,

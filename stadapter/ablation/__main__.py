@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from stadapter.ablation import submit, table, tune
+from stadapter.ablation import ledger, submit, table, tune
 from stadapter.ablation.flags import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
 from stadapter.ablation.trial import load_sweep, records, sweep_folders
 from stadapter.config import ConfigError
@@ -22,46 +24,95 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="exit codes: 0 done; 1 a search without a finished trial; 2 the input cannot work",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    ui = commands.add_parser("ui", help="serve MLflow's UI", description="Serve MLflow's UI on 127.0.0.1.")
-    ui.add_argument("--port", type=int, default=DEFAULT_UI_PORT, help="(default: %(default)s)")
-    shown = commands.add_parser(
-        "table", help="print the tables of finished sweeps", description="Print tables again, from the records."
-    )
-    sync = commands.add_parser(
-        "sync",
-        help="bring an MLflow store up to date",
-        description="Replay the records of every sweep into an MLflow store; nothing is written twice.",
-    )
-    tuned = commands.add_parser(
-        "tune",
-        help="search for optimiser settings",
-        description="Search learning rate, weight decay, warm-up and dropout on the validation split with Optuna. "
-        "Trials of the --output that finished before are known to the search.",
-    )
-    tune.add_arguments(tuned)
-    for command in (ui, sync):
-        command.add_argument(
-            "--tracking-uri", default=DEFAULT_STORE, metavar="URI", help="the MLflow store (default: %(default)s)"
-        )
-    for command in (shown, sync, tuned):
-        command.add_argument(
-            "--output",
-            type=Path,
-            default=DEFAULT_OUTPUT,
-            metavar="FOLDER",
-            help="the sweeps' --output (default: %(default)s)",
-        )
+    for add in (add_status, add_ui, add_table, add_sync, add_tune):
+        add(commands)
     commands.add_parser("submit", help="run a script on Slurm, Ray or Kubernetes", add_help=False)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["submit"]:  # has a grammar of its own: a script's flags stand behind --
             return submit.main(arguments[1:])
         options = parser.parse_args(arguments)
-        return {"ui": _ui, "table": _table, "sync": _sync, "tune": tune.run}[options.command](options)
+        return int(options.run(options))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def add_status(commands: Any) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="say how far sweeps have come",
+        description="Print each trial of each sweep: done, running, resumable, failed, or to do. Starts nothing.",
+    )
+    _add_output(parser)
+    parser.set_defaults(run=_status)
+
+
+def add_ui(commands: Any) -> None:
+    parser = commands.add_parser("ui", help="serve MLflow's UI", description="Serve MLflow's UI on 127.0.0.1.")
+    parser.add_argument("--port", type=int, default=DEFAULT_UI_PORT, help="(default: %(default)s)")
+    _add_store(parser)
+    parser.set_defaults(run=_ui)
+
+
+def add_table(commands: Any) -> None:
+    parser = commands.add_parser(
+        "table", help="print the tables of finished sweeps", description="Print tables again, from the records."
+    )
+    _add_output(parser)
+    parser.set_defaults(run=_table)
+
+
+def add_sync(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sync",
+        help="bring an MLflow store up to date",
+        description="Replay the records of every sweep into an MLflow store; nothing is written twice.",
+    )
+    _add_store(parser)
+    _add_output(parser)
+    parser.set_defaults(run=_sync)
+
+
+def add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="search for optimiser settings",
+        description="Search learning rate, weight decay, warm-up and dropout on the validation split with Optuna. "
+        "Trials of the --output that finished before are known to the search.",
+    )
+    tune.add_arguments(parser)
+    _add_output(parser)
+    parser.set_defaults(run=tune.run)
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tracking-uri", default=DEFAULT_STORE, metavar="URI", help="the MLflow store (default: %(default)s)"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="FOLDER",
+        help="the sweeps' --output (default: %(default)s)",
+    )
+
+
+def _status(options: argparse.Namespace) -> int:
+    output = options.output.resolve()
+    for folder in sweep_folders(options.output):
+        sweep = load_sweep(folder)
+        entries = [ledger.entry(trial, output) for trial in sweep.trials]
+        counts = Counter(entry.state for entry in entries)
+        print(f"{folder.name}: {', '.join(f'{counts[state]} {state}' for state in ledger.STATES if counts[state])}")
+        width = max(len(trial.name) for trial in sweep.trials)
+        for entry in entries:
+            print(f"  {entry.trial.name:<{width}}  {entry.trial.id}  {entry.status}")
+    return 0
 
 
 def _ui(options: argparse.Namespace) -> int:

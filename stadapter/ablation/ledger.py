@@ -20,6 +20,7 @@ from stadapter.ablation.trial import FIGURE, SWEEP, Sweep, Trial
 from stadapter.config import ConfigError
 
 FAILURES = "failures.json"  # in a trial's folder: how often it failed, under which --max-failures, and why last
+STATES = ("done", "running", "failed", "resumable", "to do")
 TABLES = ("table.txt", "table.md", "table.csv")
 
 
@@ -40,6 +41,17 @@ class Entry:
     resumable: bool  # there is a checkpoint
     failures: Failures
     owner: lock.Owner | None
+
+    @property
+    def state(self) -> str:
+        """One of STATES: the word to count by. A trial that failed may be resumable as well, as `status` says."""
+        if self.result is not None:
+            return "done"
+        if self.owner is not None:
+            return "running"
+        if self.failures.count:
+            return "failed"
+        return "resumable" if self.resumable else "to do"
 
     @property
     def status(self) -> str:

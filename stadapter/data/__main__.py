@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from stadapter.config import ConfigError
 from stadapter.data.flags import DEFAULT_TIME_LIMIT_S
@@ -18,7 +19,18 @@ EXIT_CODES = "exit codes: 0 every clip is good; 1 some are not; 2 the input cann
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stadapter.data", description="Look after data sets.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_check(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    options = parser.parse_args(arguments)
+    try:
+        return _check(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def add_check(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="look at every clip of a data set",
@@ -52,14 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--clip-time-limit", type=float, default=DEFAULT_TIME_LIMIT_S, metavar="SECONDS",
         help="a clip that takes longer is unreadable (default: %(default)g)",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
-    try:
-        return _check(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    check.set_defaults(run=_check)
 
 
 def _check(options: argparse.Namespace) -> int:

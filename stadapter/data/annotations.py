@@ -35,9 +35,9 @@ from stadapter.data.cliplist import (
 from stadapter.data.published import load_epic, load_kinetics, load_ssv2
 from stadapter.data.storage import Root
 
-__all__ = ["ClipList", "Split", "load_clips"]
+__all__ = ["VIDEO_SUFFIXES", "ClipList", "Split", "load_clips"]
 
-_VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
 _LIST_PREFIXES = ("", "videos/", "20bn-something-something-v2/")
 
 
@@ -198,7 +198,7 @@ def _load_folder(config: DataConfig, root: Root, split: Split) -> ClipList:
     labels: list[Label] = []
     for label, name in enumerate(names):
         files = storage.list_folder(storage.join(own, name))[1] if name in there else []
-        found = [f"{own_name}/{name}/{file}" for file in files if file.lower().endswith(_VIDEO_SUFFIXES)]
+        found = [f"{own_name}/{name}/{file}" for file in files if file.lower().endswith(VIDEO_SUFFIXES)]
         paths += found
         labels += [label] * len(found)
     return forward_clips(config, root, split, paths, labels, names)

@@ -1,0 +1,149 @@
+"""Checkpoints of the authors' published code, as files of this package and back.
+
+    theirs, .pth             {"model": their names -> tensors}; what is frozen in half precision, or left out
+    ours, .safetensors       every weight in float32 under our names, and a recipe in the header (stadapter.saved)
+
+Their training leaves out what it does not train, and loads CLIP's weights, rounded to half precision, in its place;
+so does reading such a file here. The shapes of the tensors give the recipe's fields about the model. They say nothing
+about data and sampling: those fields are a recipe's, the one that the number of classes points to or the one named.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stadapter import checkpoints, config, recipes, record, saved
+from stadapter.backbones import describe_backbone, load_backbone
+from stadapter.config import ConfigError, Recipe
+from stadapter.layouts import read_tensors
+from stadapter.model import VideoClassifier
+
+_DATASETS = {174: "ssv2", 400: "kinetics400"}  # by number of classes
+_BACKBONES = {768: "clip_b16", 1024: "clip_l14"}  # by width
+_PLACEMENTS = {("before",): "before_mhsa", ("after",): "after_mhsa", ("after", "before"): "both"}
+
+
+def from_authors(
+    file: str | Path, base: Recipe | None = None, *, weights_file: Path | None = None
+) -> tuple[VideoClassifier, Recipe]:
+    """The model of an authors' .pth, float32, for inference, and its recipe: `base` with what the tensors decide.
+
+    A file without the backbone takes it from the recipe's library or from `weights_file`, rounded to half precision as
+    theirs is. ConfigError for a file that cannot be read safely, is of another model, or does not fit the recipe.
+    """
+    theirs = {name: tensor.float() for name, tensor in read_tensors(Path(file)).items()}
+    state = checkpoints.from_authors(theirs)
+    recipe = recipe_of(state, base, str(file))
+    if any(name.startswith("vit.") for name in state):
+        if weights_file is not None:
+            raise ConfigError(f"--weights {weights_file}: {file} holds the backbone's weights itself; leave it out")
+    else:
+        recipe = recipes.with_weights(recipe, weights_file)
+        vit, _ = load_backbone(recipe.backbone, recipe.data.frame_size, weights_file=weights_file)
+        state |= {f"vit.{name}": tensor.half().float() for name, tensor in vit.state_dict().items()}
+    return saved.build_complete(recipe, state, str(file)).eval(), recipe
+
+
+def save_converted(file: str | Path, model: VideoClassifier, recipe: Recipe, class_names: Sequence[str] = ()) -> None:
+    """Write all weights and the recipe, as `stadapter.load` reads them. record.WriteError."""
+    header = saved.Header(recipe, frozen_sha256=saved.frozen_digest(model), class_names=class_names)
+    saved.write(Path(file), model.state_dict(), header)
+
+
+def recipe_of(state: Mapping[str, Tensor], base: Recipe | None, source: str) -> Recipe:
+    """`base`, or the recipe that width and classes point to, with the fields that these tensors (under our names)
+    decide. ConfigError where they are not of ST-Adapters in CLIP's transformer."""
+    places: dict[str, set[int]] = {}
+    for name in state:
+        if match := re.fullmatch(r"(before|after)\.(\d+)\.conv\.weight", name):
+            places.setdefault(match[1], set()).add(int(match[2]))
+    if not places or "head.weight" not in state:
+        lacking = "a head (fc)" if places else "adapters (adapter_pre_attn, adapter_pre_mlp)"
+        raise ConfigError(f"{source}: has no {lacking}, so it is not a checkpoint of the authors' ST-Adapter code")
+    (blocks, *others) = places.values()
+    if others and others[0] != blocks:
+        raise ConfigError(
+            f"{source}: has adapters before attention in blocks {sorted(places['before'])} and after it in "
+            f"{sorted(places['after'])}; a recipe has both in the same blocks"
+        )
+    classes, width = state["head.weight"].shape
+    if base is None:
+        base = _recipe_for(classes, width, source)
+    depth = _clip_depth(base)
+    conv = state[f"{next(iter(places))}.{min(blocks)}.conv.weight"]  # [C, 1, kT, kH, kW]
+    fields = {
+        "strategy": "st_adapter",
+        "train_final_norm": False,
+        "data.num_classes": classes,
+        "adapter.bottleneck_width": conv.shape[0],
+        "adapter.kernel_size": tuple(conv.shape[2:]),
+        "adapter.placement": _PLACEMENTS[tuple(sorted(places))],
+        "adapter.blocks": None if blocks == set(range(depth)) else tuple(sorted(blocks)),
+        "adapter.activation": "none",
+        "adapter.adapt_cls": False,
+        "adapter.zero_init_conv": True,
+    }
+    if {"vit.pos_embed", "vit.patch_embed.weight"} <= state.keys():
+        side = round((len(state["vit.pos_embed"]) - 1) ** 0.5)
+        fields["data.frame_size"] = side * state["vit.patch_embed.weight"].shape[-1]
+    return config.replace(base, **fields)
+
+
+def to_authors(file: str | Path, output: str | Path, *, weights_file: Path | None = None) -> torch.dtype:
+    """Write the model of a file of this package as the authors' .pth; returns the type of what is frozen in it.
+
+    That is half precision, as in theirs, unless a weight would change by it: then float32. ConfigError for a model that
+    their code does not have; record.WriteError.
+    """
+    model, header = saved.load(file, weights_file=weights_file)
+    assert header.recipe is not None  # or load would have refused it
+    _check_theirs(header.recipe, str(file))
+    state = checkpoints.to_authors(model.state_dict())
+    frozen = [name for name in state if ".adapter_pre_" not in name and not name.startswith("fc.")]
+    dtype = torch.float16 if all(torch.equal(state[n].half().float(), state[n]) for n in frozen) else torch.float32
+    buffer = io.BytesIO()
+    torch.save({"model": state | {name: state[name].to(dtype) for name in frozen}}, buffer)
+    record.write_atomically(Path(output), buffer.getvalue())
+    return dtype
+
+
+def _recipe_for(classes: int, width: int, source: str) -> Recipe:
+    if classes not in _DATASETS or width not in _BACKBONES:
+        raise ConfigError(
+            f"{source}: has {classes} classes and width {width}, which no data set and backbone here go with; say with "
+            "--recipe NAME (and --set backbone.name=...) what it was trained on"
+        )
+    return recipes.get(f"{_DATASETS[classes]}_{_BACKBONES[width]}")
+
+
+def _clip_depth(recipe: Recipe) -> int:
+    """The number of blocks; ConfigError for a backbone that computes something else than the authors'."""
+    shape = describe_backbone(recipe.backbone).shape
+    if shape.activation != "quick_gelu" or shape.norm_eps != 1e-5 or not shape.pre_norm or shape.layer_scale:
+        raise ConfigError(
+            f"backbone.name = {recipe.backbone.name}: is not CLIP's transformer with QuickGELU, the only one that the "
+            "authors' code has"
+        )
+    return shape.depth
+
+
+def _check_theirs(recipe: Recipe, file: str) -> None:
+    adapter, depth = recipe.adapter, _clip_depth(recipe)
+    blocks = range(depth) if adapter.blocks is None else sorted(adapter.blocks)
+    for field, value, fits in (
+        ("strategy", recipe.strategy, recipe.strategy == "st_adapter"),
+        ("own.file", recipe.own.file, not recipe.own.file),
+        ("train_final_norm", recipe.train_final_norm, not recipe.train_final_norm),
+        ("adapter.placement", adapter.placement, adapter.placement in _PLACEMENTS.values()),
+        ("adapter.activation", adapter.activation, adapter.activation == "none"),
+        ("adapter.adapt_cls", adapter.adapt_cls, not adapter.adapt_cls),
+        ("adapter.blocks", adapter.blocks, list(blocks) == list(range(depth - len(blocks), depth))),  # the last k
+    ):
+        if not fits:
+            raise ConfigError(f"{file}: has {field} = {value}, which the authors' code cannot hold; nothing is written")
