@@ -1,83 +1,20 @@
-"""Figures of one answer: accuracy against the ablated factor, the trainable parameters and the cost.
-
-A point is the mean over seeds, a small ring one seed, a bar the standard deviation over seeds, cut at 0 and 100 %;
-where one seed finished there is no bar. The 95 % intervals stand in the tables: with two seeds they are nine times the
-standard deviation, and bars of that length would hide the means.
-"""
+"""Figures of answers. That of a single one is the figure which its sweep keeps, too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
-from matplotlib import ticker
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.factors import Factor, find_factor
-from analysis.labels import label_points
 from analysis.sources import Answer
-from stadapter.ablation.table import Row
-
-# Okabe and Ito's palette, told apart with any colour vision; the markers differ as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # one more, so that no pair of both comes twice soon
-INK, FAINT = "#222222", "#8a8a8a"
-TOP1 = "top-1 accuracy (%)"
-STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "stadapter",
-    "savefig.dpi": 150,
-}
-_PANEL_IN = (4.6, 3.5)  # width, height
-_LEAST_SPAN = 4.0  # points of accuracy that an axis shows at least: noise must not fill a figure
-_VARIES = 0.05  # a relative change of parameters or cost that is worth an axis
+from stadapter.ablation import figure as one
+from stadapter.ablation.figure import COLOURS, MARKERS, RING, STYLE, TOP1, parameter_axis
 
 
 def draw(answer: Answer) -> Figure:
-    """One figure: the factor, and where they vary, trainable parameters and cost. Without a result, an empty note."""
-    rows = [row for row in answer.rows if row.top1]
-    with matplotlib.rc_context(STYLE):
-        if not rows:
-            figure = Figure(figsize=_PANEL_IN, layout="constrained")
-            figure.text(0.5, 0.5, "no trial has finished", ha="center", color=FAINT)
-            return figure
-        factor = find_factor(rows)
-        tradeoffs = [
-            (attribute, label)
-            for attribute, label in (
-                ("trainable_params", "trainable parameters"),
-                ("gmacs", "cost of a clip (GMACs, all views)"),
-            )
-            if _varies([getattr(row, attribute) for row in rows])
-        ]
-        height = _PANEL_IN[1] if factor.is_number else max(_PANEL_IN[1], 1.3 + 0.32 * len(answer.rows))
-        figure = Figure(figsize=(_PANEL_IN[0] * (1 + len(tradeoffs)), height), layout="constrained")
-        first, *others = figure.subplots(1, 1 + len(tradeoffs), squeeze=False)[0]
-        if factor.is_number:
-            _draw_factor(first, factor)
-        else:
-            _draw_arms(first, answer.rows)
-        for axes, (attribute, label) in zip(others, tradeoffs, strict=True):
-            _draw_tradeoff(axes, rows, attribute, label)
-        _limit(first, rows, vertical=factor.is_number)
-        for axes in others:
-            _limit(axes, rows, vertical=True)
-        if len(tradeoffs) or not factor.is_number:
-            figure.draw_without_rendering()  # fixes the layout, which the labels are fitted into
-            for axes in others:
-                label_points(axes, [_short(row) for row in rows])
-        return figure
+    """The factor, and where they vary, trainable parameters and cost. Without a result, an empty note."""
+    return one.draw(answer.rows)
 
 
 def draw_overview(answers: Sequence[Answer]) -> Figure:
@@ -101,150 +38,8 @@ def draw_overview(answers: Sequence[Answer]) -> Figure:
             )
         for number, (x, mean) in enumerate(sorted(defaults)):
             label = {"label": "default arm" if number == 0 else None}
-            axes.plot([x], [mean], **_RING | label)
-        _parameter_axis(axes, "trainable parameters")
+            axes.plot([x], [mean], **RING | label)
+        parameter_axis(axes, "trainable parameters")
         axes.set_ylabel(TOP1)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="question")
         return figure
-
-
-def _varies(values: Sequence[float | None]) -> bool:
-    known = [value for value in values if value]
-    return len(known) > 1 and max(known) > min(known) * (1 + _VARIES)
-
-
-def _draw_factor(axes: Axes, factor: Factor) -> None:
-    for number, series in enumerate(factor.shifted()):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        _draw_seeds(axes, series.x, series.rows, colour)
-        means = [row.top1.mean for row in series.rows if row.top1]
-        label = series.label or None
-        line = "-" if series.connected else ""
-        axes.errorbar(
-            series.x,
-            means,
-            _error(series.rows),
-            fmt=marker + line,
-            color=colour,
-            label=label,
-            **_BAR,
-        )
-    _ring_default(axes, [(x, row) for s in factor.shifted() for x, row in zip(s.x, s.rows, strict=True)])
-    points = [(x, row.published) for s in factor.series for x, row in zip(s.x, s.rows, strict=True)]
-    published = [(x, value.top1) for x, value in points if value]
-    if published:
-        axes.plot(*zip(*published, strict=True), "*", color=INK, ms=11, label="published")
-    if factor.is_log:
-        axes.set_xscale("log", base=2)
-    ticks = sorted({x for series in factor.series for x in series.x})
-    axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel(factor.label)
-    axes.set_ylabel(TOP1)
-    _legend(axes)
-
-
-_RING: Any = {
-    "marker": "o",
-    "mfc": "none",
-    "mec": INK,
-    "ms": 11,
-    "mew": 1.2,
-    "ls": "",
-    "label": "default arm",
-    "zorder": 4,
-}
-_BAR: Any = {"capsize": 3, "markersize": 6, "linewidth": 1.6, "elinewidth": 1.1, "markeredgecolor": "white"}
-
-
-def _draw_arms(axes: Axes, rows: Sequence[Row]) -> None:
-    """Arms that are no numbers: one line each, the first on top; an arm without a result says so."""
-    for position, row in enumerate(rows):
-        if row.top1 is None:
-            axes.text(0.02, position, "no result", transform=axes.get_yaxis_transform(), va="center", color=FAINT)
-            continue
-        seeds = list(row.top1_by_seed.values())
-        axes.plot(seeds, [position] * len(seeds), "o", mfc="none", mec=COLOURS[0], ms=4, alpha=0.6, zorder=3)
-        axes.errorbar(row.top1.mean, position, xerr=_error([row]), fmt="o", color=COLOURS[0], **_BAR)
-        if row.is_default:
-            axes.plot([row.top1.mean], [position], **_RING)
-    axes.set_yticks(range(len(rows)), [row.arm for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel(TOP1)
-    _legend(axes)
-
-
-def _legend(axes: Axes) -> None:
-    """Above the frame, where it covers no point."""
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=9, handletextpad=0.5, columnspacing=1.2
-        )
-
-
-def _draw_tradeoff(axes: Axes, rows: Sequence[Row], attribute: str, label: str) -> None:
-    for row in rows:
-        x = [getattr(row, attribute)]
-        axes.errorbar(x, [row.top1.mean if row.top1 else 0], _error([row]), fmt="o", color=COLOURS[0], **_BAR)
-    _ring_default(axes, [(getattr(row, attribute), row) for row in rows])
-    if attribute == "trainable_params":
-        _parameter_axis(axes, label)
-    else:
-        axes.set_xlabel(label)
-    axes.margins(x=0.15)
-    axes.set_ylabel(TOP1)
-
-
-def _parameter_axis(axes: Axes, label: str) -> None:
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(ticker.LogLocator(10, subs=steps))
-    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_xlabel(label)
-
-
-def _draw_seeds(axes: Axes, x: Sequence[float], rows: Sequence[Row], colour: str) -> None:
-    for at, row in zip(x, rows, strict=True):
-        seeds = list(row.top1_by_seed.values())
-        axes.plot([at] * len(seeds), seeds, "o", mfc="none", mec=colour, ms=4, alpha=0.6, zorder=3)
-
-
-def _ring_default(axes: Axes, points: Sequence[tuple[float, Row]]) -> None:
-    for x, row in [(x, row) for x, row in points if row.is_default][:1]:
-        if row.top1:
-            axes.plot([x], [row.top1.mean], **_RING)
-
-
-def _error(rows: Sequence[Row]) -> list[list[float]]:
-    """Lengths of the bars below and above, cut at 0 and 100; no length where one seed has no spread."""
-    below, above = [], []
-    for row in rows:
-        summary = row.top1
-        if summary is None or summary.sd is None:
-            below.append(float("nan"))
-            above.append(float("nan"))
-        else:
-            below.append(min(summary.sd, summary.mean))
-            above.append(min(summary.sd, 100.0 - summary.mean))
-    return [below, above]
-
-
-def _limit(axes: Axes, rows: Sequence[Row], *, vertical: bool) -> None:
-    """Room for the seeds and bars, at least four points of accuracy, and not far beyond 0 and 100."""
-    ends = [row.top1.mean + sign * (row.top1.sd or 0.0) for row in rows if row.top1 for sign in (-1, 1)]
-    values = ends + [value for row in rows for value in row.top1_by_seed.values()]
-    values += [row.published.top1 for row in rows if row.published]
-    span = max(values) - min(values)
-    room = max(0.15 * span, (_LEAST_SPAN - span) / 2)
-    low, high = max(-2.0, min(values) - room), min(100.0 + 0.05 * (span + 2 * room), max(values) + room)
-    (axes.set_ylim if vertical else axes.set_xlim)(low, high)
-
-
-def _short(row: Row) -> str:
-    """An arm's name for a point: without the word that every arm of its question begins with."""
-    return row.arm.removeprefix("kernel ").removeprefix("width ")

@@ -223,7 +223,7 @@ def test_figures_have_axes_with_units_and_a_point_per_arm(output: Path) -> None:
 
 
 def test_depth_is_drawn_as_last_first_and_other_blocks() -> None:
-    from analysis.factors import find_factor
+    from stadapter.ablation.factors import find_factor
 
     blocks = {"last 1": (5,), "last 2": (4, 5), "first 2": (0, 1), "block 3": (3,), "0,2,4": (0, 2, 4), "all": None}
     arms = [Arm(label, {"adapter.blocks": value}) for label, value in blocks.items()]

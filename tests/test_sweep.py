@@ -124,8 +124,10 @@ def test_arms_with_one_seed_see_the_same_clips(output: Path) -> None:
 
 def test_a_finished_sweep_is_not_run_again(sweep_flags: list[str], finished: Any, output: Path) -> None:
     before = {path: path.read_bytes() for path in output.glob("trials/*/*") if path.is_file()}
+    drawn = (sweep_folder(output) / "figure.png").stat().st_mtime_ns
     again = command(*sweep_flags)
     assert again.returncode == 0
+    assert (sweep_folder(output) / "figure.png").stat().st_mtime_ns == drawn
     assert "4 finished before" in again.stdout
     assert "started" not in again.stdout
     assert {path: path.read_bytes() for path in output.glob("trials/*/*") if path.is_file()} == before

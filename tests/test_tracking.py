@@ -94,6 +94,11 @@ class Store:
             for name in run.data.metrics
         }
 
+    def models(self, run: Run) -> list[str | None]:
+        found = self.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+        assert all((model.status, model.tags["arm"]) == ("READY", run.data.tags["arm"]) for model in found)
+        return [model.name for model in found]
+
     def artifacts(self, run: Run) -> set[str]:
         return {file.path for file in self.client.list_artifacts(run.info.run_id)}
 
@@ -113,7 +118,9 @@ def finished(store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sw
     table = sweep.folder(output) / "table.md"
     table.parent.mkdir(parents=True)
     table.write_text("| arm | top-1 |\n|---|---|\n")
-    run_whole(Mirror(sweep, output, store.uri), sweep, output, [table])
+    figure = table.with_name("figure.png")
+    figure.write_bytes(b"pixels")
+    run_whole(Mirror(sweep, output, store.uri), sweep, output, [table, figure])
     return sweep, output
 
 
@@ -127,7 +134,7 @@ def dead_server() -> str:
 def test_every_trial_is_a_finished_child_of_the_sweep(store: Store, finished: tuple[Sweep, Path]) -> None:
     parent = store.parent(finished[0])
     children = store.children(finished[0])
-    assert [run.info.run_name for run in children] == ["kernel 1x3x3 · seed 0", "kernel 3x3x3 · seed 0"]
+    assert [run.info.run_name for run in children] == ["kernel 1x3x3 s0", "kernel 3x3x3 s0"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
 
@@ -171,13 +178,16 @@ def test_tags_say_what_where_and_from_which_code(store: Store, finished: tuple[S
 
 def test_the_run_folders_files_are_artifacts(store: Store, finished: tuple[Sweep, Path]) -> None:
     child = store.children(finished[0])[0]
-    assert store.artifacts(child) == {"config.json", "metrics.jsonl", "trained.safetensors", "result.json"}
+    assert store.artifacts(child) == {"config.json", "metrics.jsonl", "result.json"}
+    assert store.models(child) == ["model"]
 
 
-def test_the_parent_shows_the_question_and_the_table(store: Store, finished: tuple[Sweep, Path]) -> None:
+def test_the_parent_shows_the_question_the_figure_and_the_table(store: Store, finished: tuple[Sweep, Path]) -> None:
     parent = store.parent(finished[0])
-    assert store.artifacts(parent) == {"table.md"}
-    assert parent.data.tags["mlflow.note.content"] == f"{finished[0].question}\n\n| arm | top-1 |\n|---|---|\n"
+    assert store.artifacts(parent) == {"table.md", "figure.png"}
+    figure = f"![figure](get-artifact?path=figure.png&run_uuid={parent.info.run_id})"
+    expected = f"{finished[0].question}\n\n{figure}\n\n| arm | top-1 |\n|---|---|\n"
+    assert parent.data.tags["mlflow.note.content"] == expected
 
 
 def test_artifacts_lie_beside_the_database_wherever_it_is_opened_from(store: Store) -> None:
@@ -198,7 +208,7 @@ def test_a_saved_view_groups_the_sweeps_trials_by_arm(store: Store, finished: tu
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])
     state = json.loads(view["state"])
     assert view["name"] == "whole · embedded"
-    assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "arm"}]
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "adapter.kernel_size"}]
     assert state["compareRunCharts"][0]["metricKey"] == "test/top1"
     assert f"viewStateShareKey={key}" in mirror.address
 
@@ -211,9 +221,9 @@ def test_the_newest_sweep_is_the_first_page(store: Store, tmp_path: Path) -> Non
 
 def test_syncing_what_is_there_adds_nothing(store: Store, finished: tuple[Sweep, Path]) -> None:
     sweep, output = finished
-    before = [(run.info.run_id, store.points(run)) for run in store.children(sweep)]
+    before = [(run.info.run_id, store.points(run), store.models(run)) for run in store.children(sweep)]
     assert sync(sweep, output, store.uri) == (2, 0)
-    assert [(run.info.run_id, store.points(run)) for run in store.children(sweep)] == before
+    assert [(run.info.run_id, store.points(run), store.models(run)) for run in store.children(sweep)] == before
 
 
 def test_sync_alone_writes_what_a_mirror_writes(store: Store, finished: tuple[Sweep, Path], tmp_path: Path) -> None:
@@ -245,12 +255,13 @@ def test_a_trial_resumed_after_a_crash_is_one_run_with_one_curve(store: Store, t
 def test_a_trial_begun_anew_replaces_its_run(store: Store, tmp_path: Path) -> None:
     sweep = a_sweep("forced")
     run_whole(Mirror(sweep, tmp_path, store.uri), sweep, tmp_path, [])
-    old = store.children(sweep)[0].info.run_id
+    old = store.children(sweep)[0]
     (sweep.trials[0].folder(tmp_path) / record.RESULT).unlink()
     write_epochs(sweep.trials[0], tmp_path, 1, began=BEGAN + 1000)
     assert sync(sweep, tmp_path, store.uri) == (1, 1)
     new = store.children(sweep)[0]
-    assert new.info.run_id != old
+    assert new.info.run_id != old.info.run_id
+    assert store.models(old) == []
     assert store.points(new)["val_top1"] == [(1, 20.0)]
 
 

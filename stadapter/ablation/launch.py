@@ -22,7 +22,7 @@ from stadapter.ablation import ledger, lock, table
 from stadapter.ablation.flags import DEFAULT_STORE
 from stadapter.ablation.stopping import GentleStop
 from stadapter.ablation.terminal import Terminal
-from stadapter.ablation.trial import SWEEP, Sweep, Trial, records
+from stadapter.ablation.trial import FIGURE, SWEEP, Sweep, Trial, records
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
@@ -175,20 +175,34 @@ class Launch:
             self.mirror.trial_failed(trial, details["message"])
 
 
+def _keep(sweep: Sweep, folder: Path, found: table.Records) -> list[Path]:
+    """Write the tables and the figure of a sweep; returns their paths."""
+    tables = {"table.txt": table.to_text, "table.md": table.to_markdown, "table.csv": table.to_csv}
+    contents = {folder / file: render(sweep, found).encode() for file, render in tables.items()}
+    # A figure takes longer than all else in a launch that finds nothing missing. It is written first: tables that are
+    # up to date say that it is, too.
+    figure = folder / FIGURE
+    if not figure.exists() or any(not path.exists() or path.read_bytes() != new for path, new in contents.items()):
+        from stadapter.ablation.figure import to_png
+
+        record.write_atomically(figure, to_png(table.make_rows(sweep, found)))
+    for path, content in contents.items():
+        record.write_atomically(path, content)
+    return [*contents, figure]
+
+
 def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, stopped: bool) -> int:
     sweep, output, options = request.sweep, request.output, request.options
     found = records(sweep, output)
     folder = sweep.folder(output)
-    files = {"table.txt": table.to_text, "table.md": table.to_markdown, "table.csv": table.to_csv}
-    for file, render in files.items():
-        record.write_atomically(folder / file, render(sweep, found).encode())
     print(f"\n{sweep.question}\n\n{table.to_text(sweep, found)}")
+    files = _keep(sweep, folder, found)
     asked_for = {trial.id for trial in request.selected}
     left = [t for t, result in zip(sweep.trials, found, strict=True) if result is None and t.id in asked_for]
     holes = sum(result is None for result in found)
     if mirror is not None:
         status = "KILLED" if stopped and left else "FAILED" if left else "KILLED" if holes else "FINISHED"
-        mirror.finish([folder / file for file in (SWEEP, *files)], status)
+        mirror.finish([folder / SWEEP, *files], status)
     if request.operation is not None:
         from stadapter.ablation.plan import compare_with_reality
 

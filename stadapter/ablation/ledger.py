@@ -16,7 +16,7 @@ from typing import Any
 
 from stadapter import record
 from stadapter.ablation import lock
-from stadapter.ablation.trial import SWEEP, Sweep, Trial
+from stadapter.ablation.trial import FIGURE, SWEEP, Sweep, Trial
 from stadapter.config import ConfigError
 
 FAILURES = "failures.json"  # in a trial's folder: how often it failed, under which --max-failures, and why last
@@ -139,7 +139,7 @@ def keep_tables(before: Sweep, now: Sweep, output: Path) -> Path | None:
     """Copy the tables of a sweep aside if the next ones lack trials of theirs; returns where they are then."""
     left_out = {trial.id for trial in before.trials} - {trial.id for trial in now.trials}
     folder = now.folder(output)
-    files = [folder / name for name in (SWEEP, *TABLES) if (folder / name).exists()]
+    files = [folder / name for name in (SWEEP, FIGURE, *TABLES) if (folder / name).exists()]
     if not left_out or len(files) < 2:
         return None
     kept = _free_name(output, folder.name)

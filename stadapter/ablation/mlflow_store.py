@@ -1,7 +1,7 @@
 """What a sweep looks like in MLflow. The one module that imports it.
 
-parent run   one per sweep: the question and, at the end, its tables
-child runs   one per trial: parameters, metrics, tags, and the files of the run folder
+parent run   one per sweep: the question and, at the end, its tables and its figure
+child runs   one per trial: parameters, metrics, tags, the files of the run folder, and the trained weights as a model
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -28,20 +29,24 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import sqlalchemy
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow import MlflowClient, pyfunc
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
 from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from sqlalchemy.exc import SQLAlchemyError
 
+import stadapter
 from stadapter import config, machine, record
 from stadapter.ablation import lock, mlflow_view
-from stadapter.ablation.trial import Sweep, Trial, records
+from stadapter.ablation.trial import FIGURE, Sweep, Trial, records
 
 # What a store that is away, full, locked or read-only raises (`requests` raises OSErrors). Anything else is a bug.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 _COSTS = ("trainable_params", "macs_per_view", "seconds", "cpu_seconds", "peak_memory_mib")
-_ARTIFACTS = (record.CONFIG, record.METRICS, record.TRAINED, record.RESULT)
+_ARTIFACTS = (record.CONFIG, record.METRICS, record.RESULT)
+_MODEL, _MODEL_CODE = "model", "stadapter.ablation.mlflow_model"  # not imported here: it needs torch
 _MOST_METRICS = 800  # in a batch: MLflow takes 1,000 entries, parameters and tags counted in
 _PARENT, _NOTE = "mlflow.parentRunId", "mlflow.note.content"
 
@@ -119,6 +124,7 @@ class Store:
                 # Begun anew, by --force or after the folder was deleted. Two trainings in one run would be no curve;
                 # the old one goes to MLflow's bin, from where it can be restored.
                 self.client.delete_run(run.info.run_id)
+                self._delete_models(run.info.run_id)
                 self.failed.discard(trial.id)
                 run, self.logged[trial.id] = None, set()
         if run is None:
@@ -126,10 +132,12 @@ class Store:
             began = result["started"] if result else epochs[0]["time"] if epochs else time.time()
             tags = {_PARENT: self.parent.info.run_id, "trial_id": trial.id, "arm": trial.arm, "seed": str(trial.seed)}
             tags |= self._tags() | {"order": self.order[trial.id]}
-            name = f"{trial.arm} · seed {trial.seed}"
+            name = f"{trial.arm} s{trial.seed}"  # MLflow's list shows fifteen letters
             run = self.client.create_run(self.experiment_id, _ms(began), tags, name)
         if not run.data.params:
-            self.unlogged[run.info.run_id] = [Param(path, value) for path, value in _params(trial.recipe).items()]
+            self.unlogged[run.info.run_id] = [
+                Param(path, value) for path, value in mlflow_view.params(trial.recipe).items()
+            ]
         self.runs[trial.id] = run.info.run_id
         return self.runs[trial.id]
 
@@ -156,7 +164,9 @@ class Store:
                 values = {name: value for name, value in epoch.items() if name not in {"epoch", "step", "time"}}
                 if "seconds" in values:  # a trial has its own
                     values["epoch_seconds"] = values.pop("seconds")
-                found += _metrics(values, _ms(epoch["time"]), epoch["epoch"])
+                # First, since MLflow's page of selected runs begins with the metric that was logged first.
+                first = {name: values[name] for name in ("val_top1",) if name in values}
+                found += _metrics(first | values, _ms(epoch["time"]), epoch["epoch"])
         return found
 
     def log_epochs(self, trial: Trial) -> None:
@@ -177,6 +187,8 @@ class Store:
         for name in _ARTIFACTS:
             if (folder / name).exists():
                 self.client.log_artifact(run_id, str(folder / name))
+        if (folder / record.TRAINED).exists():
+            self._log_model(run_id, trial, folder / record.TRAINED)
         values = {_test(name): value for name, value in result["metrics"].items()}
         values |= {name: result[name] for name in _COSTS if name in result}
         tags = [RunTag(name, str(result[name])) for name in ("git_commit", "device", "precision") if name in result]
@@ -188,6 +200,27 @@ class Store:
             self.client.delete_tag(run_id, "error")
             self.failed.discard(trial.id)
         self.client.set_terminated(run_id, "FINISHED", finished)
+
+    def _log_model(self, run_id: str, trial: Trial, weights: Path) -> None:
+        """`runs:/<run_id>/model`. Every field is given: MLflow's own `log_model` takes seconds to guess them."""
+        if trial.id in self.known:
+            self._delete_models(run_id)  # of an attempt that was cut short
+        tags = {"arm": trial.arm, "seed": str(trial.seed), "trial_id": trial.id}
+        logged = self.client.create_logged_model(self.experiment_id, _MODEL, run_id, tags)
+        takes = ModelSignature(Schema([ColSpec("string")]), params=ParamSchema([ParamSpec("top", "long", 5)]))
+        model = Model(logged.artifact_location, run_id, signature=takes, model_id=logged.model_id)
+        pyfunc.add_to_model(model, _MODEL_CODE, data=weights.name)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(os.path.join(folder, "MLmodel"))
+            Path(folder, "requirements.txt").write_text(f"stadapter=={stadapter.__version__}\n")
+            Path(folder, weights.name).symlink_to(weights.resolve())
+            self.client.log_model_artifacts(logged.model_id, folder)
+        self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+
+    def _delete_models(self, run_id: str) -> None:
+        for model in self.client.search_logged_models([self.experiment_id], f"source_run_id = '{run_id}'"):
+            self.client.delete_logged_model(model.model_id)
 
     def fail_trial(self, trial: Trial, message: str) -> None:
         self.log_epochs(trial)
@@ -205,6 +238,8 @@ class Store:
             self.client.log_artifact(parent_id, str(path))
         # The description is a part of the parent's first page.
         texts = [self.sweep.question, *(path.read_text() for path in table_files if path.suffix == ".md")]
+        if any(path.name == FIGURE for path in table_files):
+            texts.insert(1, f"![figure](get-artifact?path={FIGURE}&run_uuid={parent_id})")
         self.client.set_tag(parent_id, _NOTE, "\n\n".join(texts)[:5000])
         self._save_view(self.parent.data.tags["sweep_id"])
         self.client.set_terminated(parent_id, status)
@@ -259,22 +294,6 @@ def _sweep_id(sweep: Sweep, output: Path) -> str:
         record.write_atomically(path, uuid.uuid4().hex.encode())
     recipe = config.identity(config.replace(sweep.recipe, seed=0))
     return hashlib.sha256(f"{sweep.name} {recipe} {path.read_text()}".encode()).hexdigest()[:12]
-
-
-def _params(recipe: config.Recipe) -> dict[str, str]:
-    """The recipe as text. A kernel's extents stand alone too: as numbers they can be the axis of a chart."""
-    params: dict[str, str] = {}
-    for path, value in config.flatten(recipe).items():
-        if path == "adapter.kernel_size":
-            params[path] = "x".join(map(str, value))
-            params |= {f"{path}.{axis}": str(extent) for axis, extent in zip("thw", value, strict=True)}
-        elif isinstance(value, list):
-            params[path] = ",".join(map(str, value))
-        elif value is None or isinstance(value, bool):
-            params[path] = str(value).lower()
-        else:
-            params[path] = str(value) or "default"
-    return params
 
 
 def _test(name: str) -> str:

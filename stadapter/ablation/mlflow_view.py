@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from stadapter.ablation.trial import Sweep
+from stadapter.config import Recipe, flatten
 
 TAG = "mlflow.sharedViewState."
 _SECTION = "arms"
@@ -31,22 +32,57 @@ def saved_view(sweep: Sweep, parent_id: str, created_ms: int, test_metrics: list
         {"type": "BAR", "metricKey": "seconds"},
     ]
     common = {"metricSectionId": _SECTION, "runsCountToCompare": 100, "deleted": False, "isGenerated": False}
-    ablated = dict.fromkeys(path for arm in sweep.arms for path in arm.fields)
+    ablated = list(dict.fromkeys(path for arm in sweep.arms for path in arm.fields))
     columns = [f"params.`{path}`" for path in [*ablated, "seed"]]
     columns += [f"metrics.`{name}`" for name in [*test_metrics, "trainable_params", "seconds"]]
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'",
         "orderByKey": "tags.`order`",
         "orderByAsc": True,
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "arm"}]},
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [_arm(sweep, ablated)]},
         "useGroupedValuesInCharts": True,
         "runsHiddenMode": "SHOW_ALL",
         "selectedColumns": columns,
-        "compareRunSections": [{"uuid": _SECTION, "name": sweep.name, "display": True, "isReordered": True}],
+        "compareRunSections": [
+            {
+                "uuid": _SECTION,
+                "name": sweep.name,
+                "display": True,
+                "isReordered": True,
+                "columns": 2,
+                "cardHeight": 400,
+            }
+        ],
         "compareRunCharts": [{"uuid": f"chart{i}", **common, **chart} for i, chart in enumerate(charts)],
     }
     name = f"{sweep.name} · {sweep.recipe.name}"
     return json.dumps({"name": name, "createdAt": created_ms, "updatedAt": created_ms, "state": json.dumps(state)})
+
+
+def params(recipe: Recipe) -> dict[str, str]:
+    """The recipe as text. A kernel's extents stand alone too: as numbers they can be the axis of a chart."""
+    params: dict[str, str] = {}
+    for path, value in flatten(recipe).items():
+        if path == "adapter.kernel_size":
+            params[path] = "x".join(map(str, value))
+            params |= {f"{path}.{axis}": str(extent) for axis, extent in zip("thw", value, strict=True)}
+        elif isinstance(value, list):
+            params[path] = ",".join(map(str, value))
+        elif value is None or isinstance(value, bool):
+            params[path] = str(value).lower()
+        else:
+            params[path] = str(value) or "default"
+    return params
+
+
+def _arm(sweep: Sweep, ablated: list[str]) -> dict[str, str]:
+    """What tells the arms apart: the ablated field where their labels end in its values, else their labels.
+
+    The list of runs is narrow: of `kernel 3x3x3` it shows `kernel ...`, of the field's value all.
+    """
+    if len(ablated) == 1 and all(t.arm.endswith(f" {params(t.recipe)[ablated[0]]}") for t in sweep.trials):
+        return {"mode": "param", "groupByData": ablated[0]}
+    return {"mode": "tag", "groupByData": "arm"}
 
 
 def address(experiment_id: str, key: str) -> str:

@@ -1,7 +1,7 @@
 """Arms, trials and their place in the output folder.
 
 <output>/trials/<trial id>/     one run folder per trial (see stadapter.record), shared by all sweeps
-<output>/sweeps/<sweep name>/   the tables of one sweep
+<output>/sweeps/<sweep name>/   the tables and the figure of one sweep
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def records(sweep: Sweep, output: Path) -> list[dict[str, Any] | None]:
     return [record.read_result(trial.folder(output)) for trial in sweep.trials]
 
 
-SWEEP = "sweep.json"
+SWEEP, FIGURE = "sweep.json", "figure.png"  # of a sweep's folder
 
 
 def save_sweep(sweep: Sweep, output: Path) -> None:
