@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -128,25 +127,10 @@ def _ui(options: argparse.Namespace) -> int:
     print(f"MLflow on http://127.0.0.1:{options.port}; Ctrl-C ends it. The arms of each sweep, side by side:")
     for name, address in pages(store):
         print(f"  {name}: http://127.0.0.1:{options.port}{address}", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(options.port),
-        "--workers",
-        "1",
-    ]
-    try:
-        # Not an argument: whoever lists processes would read a password in it.
-        return subprocess.run(
-            [*command, "--workers", "1"], env=os.environ | {"MLFLOW_BACKEND_STORE_URI": store}
-        ).returncode
-    except KeyboardInterrupt:
-        return 0
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(options.port)]
+    # In place of this process, so that a signal reaches the server. The store is no argument: whoever lists processes
+    # would read a password in it.
+    os.execve(sys.executable, [*command, "--workers", "1"], os.environ | {"MLFLOW_BACKEND_STORE_URI": store})
 
 
 def _table(options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ class Mirror:
     ) -> None:
         self._store = Store(sweep, output, tracking_uri, experiment)
         self._say = say
-        uri = shlex.quote(_shown(tracking_uri))
+        uri = shlex.quote(record.without_passwords(tracking_uri))
         self._sync = f"python -m stadapter.ablation sync --output {shlex.quote(str(output))} --tracking-uri {uri}"
         self._began, self._waited = time.monotonic(), 0.0
         self._opening: Future[None] | None = None
@@ -129,16 +129,13 @@ def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "st
         tables = sorted(path for path in sweep.folder(output).glob("*") if not path.name.startswith("."))
         store.close(tables, "FINISHED" if finished == len(sweep.trials) else "KILLED")
     except STORE_ERRORS as error:
-        raise ConfigError(f"--tracking-uri {_shown(tracking_uri)}: cannot be written ({_first_line(error)})") from None
+        raise ConfigError(
+            f"--tracking-uri {record.without_passwords(tracking_uri)}: cannot be written ({_first_line(error)})"
+        ) from None
     return finished, begun
 
 
-def _shown(text: str) -> str:
-    """Without the user and password that an address may carry."""
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
-
-
 def _first_line(error: Exception) -> str:
-    text = _shown((str(error).splitlines() or [""])[0]) or type(error).__name__
+    text = record.without_passwords((str(error).splitlines() or [""])[0]) or type(error).__name__
     unreachable = re.match(r"API request to (\w+://[^/]+).* failed with exception", text)
     return f"{unreachable[1]} does not answer" if unreachable else text[:160]
