@@ -39,7 +39,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/faults --all-faults
