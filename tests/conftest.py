@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,11 @@ from stadapter import config, recipes
 from stadapter.config import Recipe
 from stadapter.data.embedded import MOTION_CLASSES, render_clip, write_mp4
 from stadapter.train import Operation, train
+
+def pytest_configure() -> None:
+    # pytest-xdist's workers ignore Ctrl-C, and what they start would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 CLASSES, TRAIN_CLIPS, TEST_CLIPS = 2, 16, 7  # 7: no number of processes but 1 and 7 divides the test clips
 

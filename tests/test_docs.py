@@ -53,6 +53,17 @@ def test_the_dry_runs_of_the_page_on_clusters_work_as_written() -> None:
         assert done.returncode == 0 and "/shared/ssv2" in done.stdout, done.stdout + done.stderr
 
 
+def test_the_hours_of_the_papers_tables_are_those_of_the_plan() -> None:
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    (command,) = [block for tested, block in BLOCK.findall(page) if tested]
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    hours = dict(re.findall(r"^(\d+) frames .* (\S+)$", done.stdout, re.MULTILINE))
+    assert hours.keys() == {"8", "16", "32"}
+    for frames in ("8", "32"):
+        assert f"| {hours[frames]} |" in page
+
+
 def test_the_commands_about_trained_models_work_as_written(
     undisturbed: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
