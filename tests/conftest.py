@@ -15,6 +15,7 @@ from stadapter.config import Recipe
 from stadapter.data.embedded import MOTION_CLASSES, render_clip, write_mp4
 from stadapter.train import Operation, train
 
+
 def pytest_configure() -> None:
     # pytest-xdist's workers ignore Ctrl-C, and what they start would, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
