@@ -56,7 +56,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainClassifier(nn.Module):
-    """Pixels, uint8 [B, T, 3, H, W] -> logits [B, K]: an adapter before the attention of every block."""
+    """Pixels, uint8 [B, T, 3, H, W] -> logits [B, K]: an adapter before the attention of the blocks that have one."""
 
     def __init__(self, model: VideoClassifier, bottleneck_width: int, kernel_size: tuple[int, int, int]) -> None:
         """With the weights of `model`, and frozen where it is."""
@@ -67,8 +67,8 @@ class PlainClassifier(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(shape.width))
         self.pos_embed = nn.Parameter(torch.zeros(1 + shape.num_patches, shape.width))
         self.norm_pre = nn.LayerNorm(shape.width, eps=shape.norm_eps) if shape.pre_norm else nn.Identity()
-        self.before = nn.ModuleList(
-            PlainAdapter(shape.width, bottleneck_width, kernel_size) for _ in range(shape.depth)
+        self.before = nn.ModuleDict(
+            {block: PlainAdapter(shape.width, bottleneck_width, kernel_size) for block in model.before}
         )
         self.blocks = nn.ModuleList(PlainBlock(shape) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
@@ -85,7 +85,7 @@ class PlainClassifier(nn.Module):
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         cls = self.cls_token.expand(B * T, 1, -1).to(patches.dtype)
         x_MSD = self.norm_pre(torch.cat([cls, patches], dim=1) + self.pos_embed)
-        for adapter, block in zip(self.before, self.blocks, strict=True):
-            x_MSD = block(adapter(x_MSD, T))
+        for index, block in enumerate(self.blocks):
+            x_MSD = block(self.before[str(index)](x_MSD, T) if str(index) in self.before else x_MSD)
         x_MSD = self.norm(x_MSD[:, 0].view(B, T, -1).mean(1))
         return self.head(x_MSD)
