@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stadapter.__main__ import main
+from stadapter.__main__ import main, make_parser
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- tested -->\n)?```bash\n(.*?)```", re.DOTALL)
@@ -20,6 +20,21 @@ def test_every_command_is_tested_or_says_what_it_needs() -> None:
     for page in (ROOT / "docs").glob("*.md"):
         for tested, block in BLOCK.findall(page.read_text()):
             assert tested or block.startswith("# needs "), block
+
+
+def test_the_readmes_commands_are_ones_that_there_are() -> None:
+    """Those that take longer than a test may: their flags are read, and nothing is started."""
+    lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
+    words = [shlex.split(line, comments=True) for line in lines]
+    trained = [line[1:] for line in words if line[:1] == ["stadapter"]]
+    trained += [line[5:] for line in words if line[:1] == ["torchrun"]]
+    assert len(trained) >= 6
+    for line in trained:
+        make_parser().parse_args(line)  # exits where it cannot read it
+    scripts = [line[1] for line in words if line[:1] == ["python"] and line[1] != "-m"]
+    assert len(scripts) >= 10 and all((ROOT / script).exists() for script in scripts)
+    targets = [line[1] for line in words if line[:1] == ["make"]]
+    assert set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def test_the_way_from_a_folder_to_a_training_works_as_written(clip_folder: Path, tmp_path: Path) -> None:
