@@ -92,6 +92,14 @@ def test_the_adapter_keeps_its_input_and_its_bottleneck_alone() -> None:
     assert kept(lambda: adapter(x_MSD, T), adapter) == 2 * T * 17 * (32 + 8)
 
 
+@pytest.mark.parametrize("kernel_size", [(3, 1, 1), (3, 3, 3)])
+def test_a_second_backward_pass_through_a_retained_graph_adds_the_same_gradients(kernel_size) -> None:
+    adapter = seeded(STAdapter(32, 8, kernel_size))
+    out = adapter(torch.randn(T, 17, 32, requires_grad=True), T).square().sum()
+    once, twice = (torch.autograd.grad(out, list(adapter.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
 def test_an_adapter_above_frozen_blocks_asks_for_no_gradient_of_its_input() -> None:
     adapter = seeded(STAdapter(32, 8))
     adapter(torch.randn(T, 17, 32), T).sum().backward()
