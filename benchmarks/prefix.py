@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--last", type=int, nargs="+", default=list(TARGETS), metavar="K", help="(default: 1 2 3 6)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    gemms(chosen=True)  # also for the rows: Adam's first steps make much of a difference in rounding
     print(
         f"{datetime.date.today()}, {machine.cpu_name()}, one thread, load {os.getloadavg()[0]:.1f}, "
         f"torch {torch.__version__}, ViT-B/16, 8 frames, float32, median of {options.rounds}"
