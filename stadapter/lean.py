@@ -1,4 +1,4 @@
-"""Three operations with backward passes of their own, which keep less or compute less than PyTorch's would.
+"""Operations with backward passes of their own, which keep less or compute less than PyTorch's would.
 
 Each equals a plain expression in value and gradients, to rounding. The plain one stands where these are called
 (`adapter.py`, `vit.py`): it serves inference, compilation and export, and the tests hold both together.
@@ -135,6 +135,25 @@ class QuickGELU(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (t,) = ctx.saved_tensors
         return torch.ops.aten.silu_backward(g, t)
+
+
+class Split(torch.autograd.Function):
+    """Queries, keys and values, [M, heads, S, d] each, of [M, S, 3 D]: `view`, `permute` and `unbind`, whose backward
+    pass copies the three gradients twice, together and then into place."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+        M, S, _ = qkv.shape
+        return qkv.view(M, S, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        M, heads, S, d = gradients[0].shape
+        out = gradients[0].new_empty(M, S, 3, heads, d)
+        for number, g in enumerate(gradients):
+            out[:, :, number] = g.transpose(1, 2)
+        return out.view(M, S, -1), None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -91,7 +91,11 @@ class Block(nn.Module):
             kv = self._qkv(h, slice(D, None), lora).view(M, S, 2, self.heads, -1)
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            q, k, v = self._qkv(h, ALL_ROWS, lora).view(M, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            qkv = self._qkv(h, ALL_ROWS, lora)
+            if lean.wanted(qkv):
+                q, k, v = lean.Split.apply(qkv, self.heads)
+            else:
+                q, k, v = qkv.view(M, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = attention(q, k, v).transpose(1, 2).flatten(2)
         out = self.proj(mixed) if lora is None else self.proj(mixed) + lora.proj(mixed)
         return out if self.scale1 is None else out * self.scale1

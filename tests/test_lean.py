@@ -113,6 +113,15 @@ def test_quick_gelu_equals_its_formula_and_keeps_one_tensor() -> None:
     assert kept(lambda: activate(x, "quick_gelu"), nn.Identity()) == x.numel()
 
 
+def test_splitting_queries_keys_and_values_equals_its_plain_twin(plain) -> None:
+    block = seeded(Block(SHAPE)).double()
+    x_MSD = torch.randn(3, 17, 32, dtype=torch.float64, requires_grad=True)
+    weights = [block.qkv.weight, block.qkv.bias, block.proj.weight]
+    got = results(block.attend, [x_MSD], weights)
+    plain()
+    assert_close(got, results(block.attend, [x_MSD], weights), 1e-12)
+
+
 def test_attention_among_onednns_products_equals_attention_among_the_default_ones(onednn) -> None:
     q, k, v = (torch.randn(2, 4, 130, 8, requires_grad=True) for _ in range(3))
     got = results(attention, [q, k, v], [])
