@@ -102,14 +102,11 @@ def set_up(device: torch.device, precision: str) -> str:
             "means float32 (optim.precision=bfloat16 is the fast choice)"
         )
     error = set_fast_float32(device)
-    name = f"{cpu_name()}: {precision}, threads: {torch.get_num_threads()}"
     if torch.get_float32_matmul_precision() == "highest":
-        return (
-            f"{name}; PyTorch's default matrix products, since oneDNN's lose digits here (relative error {error:.0e})"
-        )
+        return f"{cpu_name()}: {precision}; PyTorch's default matrix products: oneDNN's are off by {error:.0e} here"
     return (
-        f"{name}; large matrix products by oneDNN, exact to {error:.0e} here and never slower than the default where "
-        "it was measured; attention's small ones by the default library"
+        f"{cpu_name()}: {precision}; oneDNN for large matrix products, exact to {error:.0e} here and as fast or faster "
+        "than the default where both were timed; the default for attention's small ones"
     )
 
 
