@@ -3,7 +3,7 @@
 #   make ablations   every ablation on the embedded videos, then the report; under 45 minutes on 2 CPU cores
 #   make report      the report on what has been run
 #   make test        linters, type checker and test suite
-#   make faults      every fault that the tests can inject into a sweep, and the matrix of what it cost; 15 minutes
+#   make faults      every fault that the tests can inject into a sweep, and the matrix of what it cost; 20 minutes
 # OUTPUT is the folder of trials and tables, SEEDS the trials per arm; a finished trial is never run again.
 # PYTHON chooses the interpreter (3.11 or newer), VENV the environment.
 
