@@ -65,7 +65,8 @@ class STAdapter(nn.Module):
         What the bottleneck makes of `x_MSD` is added to `onto_MSD`, or to `x_MSD` itself where none is given. With
         `adapt_cls`, CLS alone may come: [M, 1, D]. `grid` is (rows, columns) of patches, a square where none is given.
         """
-        if not self.adapts_cls and x_MSD.shape[1] > 1 and lean.wanted(x_MSD, onto_MSD, *self.parameters()):
+        temporal = not self.adapts_cls and self.conv.kernel_size[1:] == (1, 1) and x_MSD.shape[1] > 1
+        if temporal and lean.wanted(x_MSD, onto_MSD, *self.parameters()):
             layers = (p for layer in (self.down, self.conv, self.up) for p in (layer.weight, layer.bias))
             return lean.Adapt.apply(x_MSD, onto_MSD, *layers, functools.partial(self._middle, num_frames, grid))
         onto_MSD = x_MSD if onto_MSD is None else onto_MSD

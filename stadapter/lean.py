@@ -35,8 +35,8 @@ def wanted(*tensors: Tensor | None) -> bool:
 class Adapt(torch.autograd.Function):
     """onto + up(middle(down(x))) for the patches; CLS is onto's. `onto_MSD` None means x itself.
 
-    Plain autograd keeps x, the bottleneck and what `up` reads. This keeps x and the bottleneck; a middle without
-    spatial extent is computed again, for two per cent of the adapter's time. No token is copied at full width.
+    Plain autograd keeps x, the bottleneck and what `up` reads. This keeps x and the bottleneck, and computes the middle
+    again: two per cent of an adapter's time for a temporal kernel, too much for one with spatial extent.
     """
 
     @staticmethod
@@ -56,9 +56,7 @@ class Adapt(torch.autograd.Function):
         base_MSD = x_MSD if onto_MSD is None else onto_MSD
         kept_MSD = x_MSD.to(ctx.autocast_dtype or x_MSD.dtype)
         z_MNC = F.linear(kept_MSD, down_CD, down_C)[:, 1:]
-        leaves, c_MNC = _with_graph(middle, z_MNC, conv, conv_C)
-        added_MND = F.linear(c_MNC.detach(), up_DC, up_D)
-        ctx.graph = (leaves, c_MNC) if conv.shape[3:].numel() > 1 else None
+        added_MND = F.linear(middle(z_MNC, conv, conv_C), up_DC, up_D)
         out_MSD = base_MSD.to(torch.promote_types(base_MSD.dtype, added_MND.dtype), copy=True)
         out_MSD[:, 1:] += added_MND
         ctx.save_for_backward(kept_MSD, z_MNC, down_CD, down_C, conv, conv_C, up_DC, up_D)
@@ -73,11 +71,13 @@ class Adapt(torch.autograd.Function):
         wants_x, wants_onto = ctx.needs_input_grad[:2]
         half = ctx.autocast_dtype
         with torch.autocast(g_MSD.device.type, half) if half else contextlib.nullcontext():
-            leaves, c_MNC = ctx.graph or _with_graph(ctx.middle, z_MNC, conv, conv_C)
+            with torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in (z_MNC, conv, conv_C)]
+                c_MNC = ctx.middle(*leaves)
             narrow_MSD = g_MSD.to(half or g_MSD.dtype)  # once for both products
             # CLS stays in, with zeros in the bottleneck, while tokens are multiplied: cheaper than to copy the others.
             gc_MNC = (narrow_MSD @ up_DC)[:, 1:]
-            gz_MNC, g_conv, g_conv_C = torch.autograd.grad(c_MNC, leaves, gc_MNC.to(c_MNC.dtype), retain_graph=True)
+            gz_MNC, g_conv, g_conv_C = torch.autograd.grad(c_MNC, leaves, gc_MNC.to(c_MNC.dtype))
             gz_MSC = F.pad(gz_MNC, (0, 0, 1, 0))
             g_up_DC = _outer(narrow_MSD, F.pad(c_MNC.detach(), (0, 0, 1, 0)))
             g_down_CD = _outer(gz_MSC, x_MSD)
@@ -106,13 +106,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def _sum_tokens(a_MNa: Tensor, dtype: torch.dtype) -> Tensor:
     return a_MNa.sum(1, dtype=dtype).sum(0)  # one after the other: five times faster on a slice
-
-
-def _with_graph(middle: Middle, *tensors: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Its inputs and its output, for a backward pass through it alone."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        return leaves, middle(*leaves)
 
 
 def _outer(a_MSa: Tensor, b_MSb: Tensor) -> Tensor:

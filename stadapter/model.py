@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stadapter.adapter import STAdapter
 from stadapter.backbones import load_backbone
 from stadapter.config import AdapterConfig, ConfigError, Recipe, RivalConfig, Strategy, derive_seed
 from stadapter.lora import LoRA
@@ -169,10 +170,13 @@ class VideoClassifier(nn.Module):
 
     def _run(self, x_MSD: Tensor, num_frames: int, blocks: range) -> Tensor:
         first, last, reads_cls_only = self.first_trained_block(), len(self.vit.blocks) - 1, self.reads_cls_only()
-        # With only CLS to compute, the last block is cheap, but would keep nearly as much as any other. What somebody
-        # else adds to it may draw random numbers, and is computed once; so is a block that is all there is to keep.
+        # With only CLS to compute, the last block is cheap, but would keep nearly as much as any other. It is computed
+        # once where it is all there is to keep, where its convolution has spatial extent, and where somebody else adds
+        # to it, since that may draw random numbers.
         plain = type(self) is VideoClassifier and self.time is None and not self.adapters_are_own
-        again = reads_cls_only and plain and first < last
+        adapters = [getattr(self, place)[str(last)] for place in PLACES if str(last) in getattr(self, place)]
+        spatial = any(isinstance(a, STAdapter) and a.conv.kernel_size[1:] != (1, 1) for a in adapters)
+        again = reads_cls_only and plain and not spatial and first < last
         for index in blocks:
             run = functools.partial(self.block, index, num_frames=num_frames, cls_only=index == last and reads_cls_only)
             with _graph_if(index >= first):  # below the first trained block nothing needs a gradient
