@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stadapter import config, machine, record, saved
-from stadapter.config import ConfigError, Recipe
+from stadapter.config import ConfigError, Precision, Recipe
 from stadapter.data.annotations import ClipList, load_clips
 from stadapter.data.bad_clips import BadClips
 from stadapter.data.clips import test_loader
@@ -55,12 +55,15 @@ def open_trained(
     return model, config.replace(header.recipe, **changes or {}), header
 
 
-def put_on(model: VideoClassifier, recipe: Recipe, device: torch.device) -> VideoClassifier:
-    """The model on its device, in place, stored there as its training stored it."""
-    machine.set_fast_float32(device)
+def put_on(model: VideoClassifier, precision: Precision, device: torch.device) -> VideoClassifier:
+    """The model on its device, in place, its products as in a training; on a GPU stored in half precision for half.
+
+    On a CPU it stays in float32, which autocast reads as well: the same model may be asked in float32 afterwards.
+    """
+    machine.set_up(device, precision)
     model.requires_grad_(False).to(device)
-    if recipe.optim.precision != "float32" and device.type == "cuda":
-        cast_frozen(model, PRECISIONS[recipe.optim.precision])
+    if precision != "float32" and device.type == "cuda":
+        cast_frozen(model, PRECISIONS[precision])
     return model
 
 
@@ -88,7 +91,7 @@ def test(
         num_workers=operation.num_workers,
     )
     metrics = evaluate(
-        put_on(model, recipe, world.device),
+        put_on(model, recipe.optim.precision, world.device),
         watch(bad.watch(batches)),
         world.device,
         PRECISIONS[recipe.optim.precision],

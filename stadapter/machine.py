@@ -96,11 +96,11 @@ def set_up(device: torch.device, precision: str) -> str:
         if precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError(f"optim.precision = bfloat16: {device_name(device)} has no bfloat16; use float16")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        half = "" if precision == "float32" else f", frozen matrices kept in {precision}"
-        return (
-            f"{device_name(device)}: {precision}{half}; PyTorch's fused attention and AdamW; TF32 off, so that float32 "
-            "means float32 (optim.precision=bfloat16 is the fast choice)"
-        )
+        if precision == "float32":
+            how = "TF32 off, so that float32 means float32; optim.precision=bfloat16 is the fast choice"
+        else:
+            how = f"frozen matrices kept in {precision}; what autocast leaves in float32 without TF32"
+        return f"{device_name(device)}: {precision}; PyTorch's fused attention and AdamW; {how}"
     error = set_fast_float32(device)
     if torch.get_float32_matmul_precision() == "highest":
         return f"{cpu_name()}: {precision}; PyTorch's default matrix products: oneDNN's are off by {error:.0e} here"

@@ -62,9 +62,10 @@ def predict(
         operation.clips_per_pass or CLIPS_PER_PASS,
         num_workers=operation.num_workers,
     )
-    put_on(model, recipe, device).eval()
     # On a CPU half precision takes ten times as long, and no record asks for its digits here.
-    dtype = PRECISIONS[recipe.optim.precision] if device.type == "cuda" else torch.float32
+    precision = recipe.optim.precision if device.type == "cuda" else "float32"
+    dtype = PRECISIONS[precision]
+    put_on(model, precision, device).eval()
     for batch in batches:
         pixels = batch["pixels"].to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

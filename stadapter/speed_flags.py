@@ -9,7 +9,7 @@ from typing import Any
 def add_speed_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--recompute", action="store_true",
-        help="compute the MLPs again in the backward pass: a third less memory, a fifth more time, the same numbers",
+        help="compute the MLPs again in the backward pass: less memory, more time, the same numbers",
     )  # fmt: skip
     parser.add_argument(
         "--compile", action="store_true",

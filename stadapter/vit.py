@@ -84,19 +84,19 @@ class Block(nn.Module):
         M, S, D = x_MSD.shape
         h = self.norm1(x_MSD)
         if cls_only and lora is None:
-            out = self.proj(self._gather_for_cls(h))
-            return out if self.scale1 is None else out * self.scale1
-        if cls_only:
+            mixed = self._gather_for_cls(h)
+        elif cls_only:
             q = self._qkv(h[:, :1], slice(None, D), lora).view(M, 1, self.heads, -1).transpose(1, 2)
             kv = self._qkv(h, slice(D, None), lora).view(M, S, 2, self.heads, -1)
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+            mixed = attention(q, k, v).transpose(1, 2).flatten(2)
         else:
             qkv = self._qkv(h, ALL_ROWS, lora)
             if lean.wanted(qkv):
                 q, k, v = lean.Split.apply(qkv, self.heads)
             else:
                 q, k, v = qkv.view(M, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = attention(q, k, v).transpose(1, 2).flatten(2)
+            mixed = attention(q, k, v).transpose(1, 2).flatten(2)
         out = self.proj(mixed) if lora is None else self.proj(mixed) + lora.proj(mixed)
         return out if self.scale1 is None else out * self.scale1
 

@@ -31,8 +31,9 @@ MAX_CODE_BYTES = 200_000_000
 MAX_STEM = 20  # an id then fits the 47 characters that KubeRay allows
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-_ASSIGNED = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)=[\"']?[^\s\"'$]", re.IGNORECASE)
+_SECRET_NAME = r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)"
+_SECRET = re.compile(rf"{_SECRET_NAME}$", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"{_SECRET_NAME}=[\"']?[^\s\"'$]", re.IGNORECASE)
 _PASSWORD = re.compile(r"//[^/\s@]*:[^/\s]*@")  # in an address
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
