@@ -125,7 +125,7 @@ def _timed_into(exchanges: list[float]) -> Callable[[object, dist.GradBucket], t
     def exchange(state, bucket):  # type: ignore[no-untyped-def]  # this interface refuses annotations that are text
         began = time.perf_counter()
 
-        def note(done):  # type: ignore[no-untyped-def]
+        def note(done):  # type: ignore[no-untyped-def]  # likewise
             exchanges.append(time.perf_counter() - began)
             return done.value()
 
