@@ -6,6 +6,8 @@ The names below are imported when they are first used, and PyTorch with them.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from stadapter.version import __version__
+
 if TYPE_CHECKING:
     from stadapter.adapter import STAdapter
     from stadapter.attach import (
@@ -18,10 +20,9 @@ if TYPE_CHECKING:
     )
     from stadapter.saved import load, load_into, save
 
-__version__ = "0.1.0"
-
 __all__ = [
     "STAdapter",
+    "__version__",
     "adapter_state",
     "add_st_adapters",
     "clips_of",

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stadapter import __version__, commands, config, recipes
+from stadapter import commands, config, recipes
 from stadapter.ablation import __main__ as sweeps
 from stadapter.ablation import submit
 from stadapter.commands import Commands, add_parser
@@ -26,6 +26,7 @@ from stadapter.data.storage import data_root
 from stadapter.record import DEFAULT_CHECKPOINT_EVERY_S, WriteError, bad_clips_in_words
 from stadapter.speed_flags import add_speed_flags, speed_flags
 from stadapter.stopping import StopSignals, write
+from stadapter.version import __version__
 
 STOPPED = 130  # as a shell tells of Ctrl-C
 ONE_REQUEST_S = 2.0  # a terminal and torchrun both pass on one Ctrl-C

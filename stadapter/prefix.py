@@ -37,13 +37,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import stadapter
 from stadapter.config import RESULTS_VERSION, ConfigError, DataConfig, Recipe
 from stadapter.cost import meta_model
 from stadapter.data.cache import decode_settings, file_identity
 from stadapter.data.cliplist import ClipList, split_segment
 from stadapter.data.room import BLOCK, GB, Room, cache_folder
 from stadapter.model import VideoClassifier
+from stadapter.version import __version__
 
 FLAG = "--cache-prefix"
 _HEADER = struct.Struct("<8sQQQQ16s")
@@ -244,7 +244,7 @@ def open_prefix(
         return None
     key = {
         "format": _MAGIC.hex(),
-        "versions": [RESULTS_VERSION, torch.__version__, stadapter.__version__],
+        "versions": [RESULTS_VERSION, torch.__version__, __version__],
         "weights": _digest(model, blocks),
         "blocks": blocks,
         "shape": repr(model.vit.shape),

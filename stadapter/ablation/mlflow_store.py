@@ -37,10 +37,10 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from sqlalchemy.exc import SQLAlchemyError
 
-import stadapter
 from stadapter import config, machine, record
 from stadapter.ablation import lock, mlflow_view
 from stadapter.ablation.trial import FIGURE, Sweep, Trial, records
+from stadapter.version import __version__
 
 # What a store that is away, full, locked or read-only raises (`requests` raises OSErrors). Anything else is a bug.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
@@ -212,7 +212,7 @@ class Store:
         pyfunc.add_to_model(model, _MODEL_CODE, data=weights.name)
         with tempfile.TemporaryDirectory() as folder:
             model.save(os.path.join(folder, "MLmodel"))
-            Path(folder, "requirements.txt").write_text(f"stadapter=={stadapter.__version__}\n")
+            Path(folder, "requirements.txt").write_text(f"stadapter=={__version__}\n")
             Path(folder, weights.name).symlink_to(weights.resolve())
             self.client.log_model_artifacts(logged.model_id, folder)
         self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)

@@ -78,8 +78,10 @@ def published(recipe: Recipe, trainable_params: int | None = None) -> Published 
         if entry["status"] == "verified":
             if as_trained and (entry.get("adapters"), entry.get("views")) == (adapters, views):
                 return found
-        elif list(adapter.kernel_size) != setting.get("kernel"):
+            continue
+        if list(adapter.kernel_size) != setting.get("kernel"):
             continue  # kernels differ by less than the rounding of the published count
-        elif trainable_params and abs(trainable_params / 1e6 / entry["tuned_params_m"] - 1) < _PARAMS_TOLERANCE:
+        tuned = entry.get("tuned_params_m")
+        if tuned and trainable_params and abs(trainable_params / 1e6 / tuned - 1) < _PARAMS_TOLERANCE:
             maybe = found
     return maybe

@@ -45,7 +45,6 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
-import stadapter
 from stadapter import record
 from stadapter.ablation import lock
 from stadapter.ablation.stopping import GentleStop, Standstill, moving, watch
@@ -54,6 +53,7 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.running import Stopped
 from stadapter.train import Operation, World, train
 
+PACKAGE = Path(__file__).parents[1]  # the folder of this package, for the nodes of a cluster
 REACH_TIMEOUT_S = 5.0
 EPOCHS_POLL_S = 0.5
 STANDSTILL_S = 2400.0  # without a step or a batch of a test; longer than torch waits for a process that is behind
@@ -80,7 +80,7 @@ def join_cluster(address: str) -> int:
     if not ray.is_initialized():
         _check_reachable(address)
         # Its folder, not the module: within a submitted job Ray copies this value, and modules cannot be copied.
-        environment: dict[str, Any] = {"py_modules": [str(Path(stadapter.__file__).parent)]}
+        environment: dict[str, Any] = {"py_modules": [str(PACKAGE)]}
         gcs = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
         if gcs and "://" not in gcs:
             environment["env_vars"] = {"RAY_ADDRESS": gcs}  # see `_own_address`
