@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stadapter.backbone.vit import VitShape
 from stadapter.model import VideoClassifier
-from stadapter.vit import VitShape
 
 
 class PlainAdapter(nn.Module):

@@ -34,12 +34,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.model_reference import PlainAdapter, PlainClassifier
 from stadapter import machine, recipes
 from stadapter.adapter import STAdapter
+from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, VitShape, seed_weights
 from stadapter.config import AdapterConfig
 from stadapter.model import VideoClassifier, cast_frozen, trainable_parameters
 from stadapter.optim import make_optimizer
 from stadapter.strategies import freeze
 from stadapter.train import PRECISIONS
-from stadapter.vit import EMBEDDED_SHAPE, ViT, VitShape, seed_weights
 
 CPU = torch.device("cpu")
 VIT_B16 = VitShape(224, 16, 768, 12, 12, 3072, "quick_gelu", 1e-5, pre_norm=True, patch_bias=False)

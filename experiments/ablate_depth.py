@@ -22,7 +22,7 @@ from stadapter.config import ConfigError, Recipe
 
 
 def depth_of(recipe: Recipe) -> int:
-    from stadapter.backbones import describe_backbone
+    from stadapter.backbone.load import describe_backbone
 
     return describe_backbone(recipe.backbone).shape.depth
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stadapter import lean
+from stadapter.backbone import ops
 
 
 class STAdapter(nn.Module):
@@ -66,9 +66,9 @@ class STAdapter(nn.Module):
         `adapt_cls`, CLS alone may come: [M, 1, D]. `grid` is (rows, columns) of patches, a square where none is given.
         """
         temporal = not self.adapts_cls and self.conv.kernel_size[1:] == (1, 1) and x_MSD.shape[1] > 1
-        if temporal and lean.wanted(x_MSD, onto_MSD, *self.parameters()):
+        if temporal and ops.wanted(x_MSD, onto_MSD, *self.parameters()):
             layers = (p for layer in (self.down, self.conv, self.up) for p in (layer.weight, layer.bias))
-            return lean.Adapt.apply(x_MSD, onto_MSD, *layers, functools.partial(self._middle, num_frames, grid))
+            return ops.Adapt.apply(x_MSD, onto_MSD, *layers, functools.partial(self._middle, num_frames, grid))
         onto_MSD = x_MSD if onto_MSD is None else onto_MSD
         # CLS goes down with the rest and is dropped in the bottleneck: cheaper than copying N of N + 1 wide tokens.
         z_MSC = self.down(x_MSD)

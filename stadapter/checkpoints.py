@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stadapter.layouts import from_open_clip, to_open_clip
+from stadapter.backbone.state_dicts import from_open_clip, to_open_clip
 
 _ADAPTER = re.compile(
     r"transformer\.resblocks\.(\d+)\.(adapter_pre_attn|adapter_pre_mlp)\.(fc1|conv|fc2)\.(weight|bias)"

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from stadapter import checkpoints, config, recipes, record, saved
-from stadapter.backbones import describe_backbone, load_backbone
+from stadapter.backbone.load import describe_backbone, load_backbone
+from stadapter.backbone.state_dicts import read_tensors
 from stadapter.config import ConfigError, Recipe
-from stadapter.layouts import read_tensors
 from stadapter.model import VideoClassifier
 
 _DATASETS = {174: "ssv2", 400: "kinetics400"}  # by number of classes

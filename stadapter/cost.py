@@ -35,9 +35,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from stadapter.backbone.vit import VitShape
 from stadapter.config import AdapterConfig, Recipe
 from stadapter.model import VideoClassifier, build_model, dead_parameters, trainable_parameters
-from stadapter.vit import VitShape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ALL_ROWS = slice(None)
+from stadapter.backbone.vit import ALL_ROWS
 
 
 class LowRank(nn.Module):

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stadapter.adapter import STAdapter
-from stadapter.backbones import load_backbone
+from stadapter.backbone.load import load_backbone
+from stadapter.backbone.vit import ViT
 from stadapter.config import AdapterConfig, ConfigError, Recipe, RivalConfig, Strategy, derive_seed
 from stadapter.lora import LoRA
 from stadapter.own import load as load_own
 from stadapter.placement import PLACES, PLACES_BEHIND, AdapterClass, blocks_with_adapter, make_adapter
 from stadapter.rivals import AttentionPool, DividedAttention, TemporalTransformer, make_prompts
 from stadapter.strategies import freeze, uses_adapters
-from stadapter.vit import ViT
 
 Triple = tuple[float, float, float]
 

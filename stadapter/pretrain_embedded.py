@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, seed_weights
 from stadapter.data import embedded
-from stadapter.vit import EMBEDDED_SHAPE, ViT, seed_weights
 
 MEAN, STD = 0.5, 0.5  # of pixels in [0, 1], every channel
 BATCH, PEAK_LR, WARMUP_SHARE = 128, 2.5e-3, 0.05
@@ -133,7 +133,7 @@ def save(vit: ViT, output: Path, **facts: object) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stadapter.pretrain_embedded", description=__doc__)
-    default = Path(__file__).parent / "assets" / "embedded_vit.safetensors"
+    default = Path(__file__).parent / "backbone" / "embedded_vit.safetensors"
     parser.add_argument("--output", type=Path, default=default, help="file to write (default: %(default)s)")
     parser.add_argument("--images", type=int, default=60_000, help="still images (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=12, help="passes over them (default: %(default)s)")

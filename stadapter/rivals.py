@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stadapter.vit import Block, ViT, VitShape, attention
+from stadapter.backbone.vit import Block, ViT, VitShape, attention
 
 FRAME_STD = 0.5  # of frame embeddings, beside tokens of about unit scale
 

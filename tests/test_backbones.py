@@ -20,12 +20,12 @@ from timm.models.vision_transformer import VisionTransformer as TimmVit
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from stadapter import libraries
-from stadapter.backbones import describe_backbone, load_backbone, resample_positions
+from stadapter.backbone import hubs
+from stadapter.backbone.hubs import _timm_shape
+from stadapter.backbone.load import describe_backbone, load_backbone, resample_positions
+from stadapter.backbone.state_dicts import from_open_clip, from_timm, read_state, to_open_clip
+from stadapter.backbone.vit import ViT, VitShape, seed_weights
 from stadapter.config import BackboneConfig, ConfigError
-from stadapter.layouts import from_open_clip, from_timm, read_state, to_open_clip
-from stadapter.libraries import _timm_shape
-from stadapter.vit import ViT, VitShape, seed_weights
 
 TINY = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "heads": 4, "mlp_ratio": 4.0, "output_dim": 20}
 TINY_SHAPE = VitShape(32, 8, 48, 2, 4, 192, activation="quick_gelu", norm_eps=1e-5, pre_norm=True, patch_bias=False)
@@ -260,7 +260,7 @@ def test_unknown_names_get_a_suggestion(name, hint) -> None:
 @pytest.mark.parametrize("name", ["timm/vit_base_patch16_clip_224.openai", "open_clip/ViT-B-16/openai"])
 def test_offline_without_weights_names_the_file_to_fetch(name, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(libraries, "_reachable", lambda url: False)
+    monkeypatch.setattr(hubs, "_reachable", lambda url: False)
     with pytest.raises(
         ConfigError, match=r"hf download timm/vit_base_patch16_clip_224.openai \S+\.safetensors"
     ) as caught:
@@ -277,13 +277,13 @@ def test_weights_in_the_hubs_cache_need_no_network(monkeypatch, tmp_path) -> Non
     (tmp_path / "models--timm--test_vit.r160_in1k" / "refs").mkdir()
     (tmp_path / "models--timm--test_vit.r160_in1k" / "refs" / "main").write_text("0")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(libraries, "_reachable", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(hubs, "_reachable", lambda url: pytest.fail("asked the network"))
     vit, _ = load_backbone(BackboneConfig("timm/test_vit.r160_in1k"), 160)
     assert torch.equal(vit.cls_token, model.cls_token.flatten())
 
 
 def test_a_dead_network_is_noticed_at_once() -> None:
-    assert not libraries._reachable("http://127.0.0.1:9")  # the discard port: nobody listens
+    assert not hubs._reachable("http://127.0.0.1:9")  # the discard port: nobody listens
 
 
 def test_recipe_made_with_a_file_insists_on_that_file(tmp_path) -> None:

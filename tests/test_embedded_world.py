@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from stadapter.backbones import EMBEDDED_WEIGHTS
+from stadapter.backbone.load import EMBEDDED_WEIGHTS
 from stadapter.config import RESULTS_VERSION, ConfigError
 from stadapter.data import embedded
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from stadapter import lean, machine
+from stadapter import machine
 from stadapter.adapter import STAdapter
+from stadapter.backbone import ops
+from stadapter.backbone.vit import Block, ViT, VitShape, activate, attention, seed_weights
 from stadapter.config import AdapterConfig, ConfigError
 from stadapter.model import VideoClassifier, trainable_parameters
 from stadapter.strategies import freeze
-from stadapter.vit import Block, ViT, VitShape, activate, attention, seed_weights
 
 SHAPE = VitShape(32, 8, 32, 2, 4, 64, "quick_gelu")
 T = 4
@@ -22,7 +23,7 @@ T = 4
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, everything is computed the plain way."""
-    return lambda: monkeypatch.setattr(lean, "wanted", lambda *tensors: False)
+    return lambda: monkeypatch.setattr(ops, "wanted", lambda *tensors: False)
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from stadapter.ablation import Arm, main
+from stadapter.backbone.vit import ViT
 from stadapter.config import ConfigError, Recipe
 from stadapter.model import Triple, VideoClassifier, classifier
 from stadapter.own import own_model
-from stadapter.vit import ViT
 
 
 def with_biases(recipe: Recipe, vit: ViT, mean: Triple, std: Triple) -> VideoClassifier:

@@ -214,7 +214,7 @@ def _check(sweep: Sweep, options: argparse.Namespace, num_gpus: int) -> tuple[di
 
 def _fetch_weights(sweep: Sweep, options: argparse.Namespace) -> None:
     """The trials find the weights in the library's cache then, and none downloads them twice."""
-    from stadapter.backbones import load_backbone
+    from stadapter.backbone.load import load_backbone
 
     for backbone in {trial.recipe.backbone for trial in sweep.trials}:
         load_backbone(backbone, sweep.recipe.data.frame_size, weights_file=options.weights)

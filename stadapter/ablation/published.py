@@ -12,7 +12,7 @@ from typing import Any
 from stadapter import recipes
 from stadapter.config import AdapterConfig, Recipe
 
-PAPER = Path(__file__).parent.parent / "assets" / "paper.toml"
+PAPER = Path(__file__).parent.parent / "results" / "paper.toml"
 MARKS = {"verified": "✓", "derived": "✓", "unverified": "?"}
 _BACKBONES = {
     "timm/vit_base_patch16_clip_224.openai": "clip_vit_b16",

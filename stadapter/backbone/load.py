@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stadapter.backbone.hubs import Backbone, describe_open_clip, describe_timm, download_open_clip, download_timm
+from stadapter.backbone.state_dicts import read_state
+from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, seed_weights
 from stadapter.config import BackboneConfig, ConfigError
-from stadapter.layouts import read_state
-from stadapter.libraries import Backbone, describe_open_clip, describe_timm, download_open_clip, download_timm
-from stadapter.vit import EMBEDDED_SHAPE, ViT, seed_weights
 
-EMBEDDED_WEIGHTS = Path(__file__).parent / "assets" / "embedded_vit.safetensors"
+EMBEDDED_WEIGHTS = Path(__file__).parent / "embedded_vit.safetensors"
 
 
 def describe_backbone(config: BackboneConfig) -> Backbone:

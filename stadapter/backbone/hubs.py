@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stadapter.backbone.state_dicts import from_timm, read_state
+from stadapter.backbone.vit import VitShape
 from stadapter.config import ConfigError
-from stadapter.layouts import from_timm, read_state
-from stadapter.vit import VitShape
 
 PROBE_TIMEOUT_S = 5.0
 

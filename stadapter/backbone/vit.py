@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stadapter import lean
-from stadapter.lora import ALL_ROWS, LoRA
+from stadapter.backbone import ops
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class VitShape:
 
 def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "quick_gelu":
-        return lean.QuickGELU.apply(x) if lean.wanted(x) else F.silu(lean.QUICK_GELU * x) * (1 / lean.QUICK_GELU)
+        return ops.QuickGELU.apply(x) if ops.wanted(x) else F.silu(ops.QUICK_GELU * x) * (1 / ops.QUICK_GELU)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -59,8 +58,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and (q.dtype != torch.float32 or k.shape[2] < 128):
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
     if q.device.type == "cpu" and torch.get_float32_matmul_precision() != "highest":
-        return lean.attention(q, k, v)
+        return ops.attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+ALL_ROWS = slice(None)  # of the matrix that makes queries, keys and values
+
+
+class AttentionChange(Protocol):
+    """What a strategy adds to the matrices of one attention, beside the pretrained ones (LoRA)."""
+
+    def qkv(self, h_MSD: Tensor, rows: slice) -> Tensor:
+        """Return what is added to these rows of the query-key-value matrix's output."""
+
+    def proj(self, x_MSD: Tensor) -> Tensor:
+        """Return what is added to the output matrix's output."""
 
 
 class Block(nn.Module):
@@ -79,25 +91,25 @@ class Block(nn.Module):
         self.scale1 = nn.Parameter(torch.ones(width)) if shape.layer_scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if shape.layer_scale else None
 
-    def attend(self, x_MSD: Tensor, cls_only: bool = False, lora: LoRA | None = None) -> Tensor:
+    def attend(self, x_MSD: Tensor, cls_only: bool = False, change: AttentionChange | None = None) -> Tensor:
         """What self-attention adds to the tokens; with `cls_only`, to CLS alone: [M, 1, D]."""
         M, S, D = x_MSD.shape
         h = self.norm1(x_MSD)
-        if cls_only and lora is None:
+        if cls_only and change is None:
             mixed = self._gather_for_cls(h)
         elif cls_only:
-            q = self._qkv(h[:, :1], slice(None, D), lora).view(M, 1, self.heads, -1).transpose(1, 2)
-            kv = self._qkv(h, slice(D, None), lora).view(M, S, 2, self.heads, -1)
+            q = self._qkv(h[:, :1], slice(None, D), change).view(M, 1, self.heads, -1).transpose(1, 2)
+            kv = self._qkv(h, slice(D, None), change).view(M, S, 2, self.heads, -1)
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
             mixed = attention(q, k, v).transpose(1, 2).flatten(2)
         else:
-            qkv = self._qkv(h, ALL_ROWS, lora)
-            if lean.wanted(qkv):
-                q, k, v = lean.Split.apply(qkv, self.heads)
+            qkv = self._qkv(h, ALL_ROWS, change)
+            if ops.wanted(qkv):
+                q, k, v = ops.Split.apply(qkv, self.heads)
             else:
                 q, k, v = qkv.view(M, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             mixed = attention(q, k, v).transpose(1, 2).flatten(2)
-        out = self.proj(mixed) if lora is None else self.proj(mixed) + lora.proj(mixed)
+        out = self.proj(mixed) if change is None else self.proj(mixed) + change.proj(mixed)
         return out if self.scale1 is None else out * self.scale1
 
     def _gather_for_cls(self, h_MSD: Tensor) -> Tensor:
@@ -117,10 +129,10 @@ class Block(nn.Module):
         gathered_MD = torch.einsum("mhw,hdw->mhd", mean_MHD, value_HdD).flatten(1)
         return (gathered_MD if value_b is None else gathered_MD + value_b).unsqueeze(1)
 
-    def _qkv(self, h: Tensor, rows: slice, lora: LoRA | None) -> Tensor:
+    def _qkv(self, h: Tensor, rows: slice, change: AttentionChange | None) -> Tensor:
         bias = self.qkv.bias
         out = F.linear(h, self.qkv.weight[rows], None if bias is None else bias[rows])
-        return out if lora is None else out + lora.qkv(h, rows)
+        return out if change is None else out + change.qkv(h, rows)
 
     def mlp(self, x_MSD: Tensor) -> Tensor:
         """What the MLP adds to the tokens."""
