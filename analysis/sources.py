@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stadapter.ablation import table
 from stadapter.ablation.table import Records, Row
-from stadapter.ablation.trial import Sweep, load_sweep, records, sweep_folders
+from stadapter.trials.sweep import Sweep, load_sweep, records, sweep_folders
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stadapter import machine, record
+from stadapter import machine
+from stadapter.trials import record
 
 ROOT = Path(__file__).parent.parent
 TARGET_SHARE = 0.15

@@ -24,12 +24,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stadapter import config, recipes, record
-from stadapter.ablation import ledger, table
-from stadapter.ablation.trial import Arm, Sweep, make_sweep, records, save_sweep
+from stadapter import config, recipes
+from stadapter.ablation import table
 from stadapter.config import Recipe
 from stadapter.data.annotations import load_clips
 from stadapter.data.embedded import MOTION_CLASSES, render_clip, write_mp4
+from stadapter.trials import record, status
+from stadapter.trials.sweep import Arm, Sweep, make_sweep, records, save_sweep
 
 ROOT = Path(__file__).parent.parent
 RELAUNCHED, MANY = 60, 1000
@@ -128,7 +129,7 @@ def many_trials_s(output: Path, recipe: Recipe, result: dict[str, Any]) -> dict[
     pretend_finished(sweep, output, result)
     took = {}
     began = time.time()
-    assert all(ledger.entry(trial, output).status == "done" for trial in sweep.trials)
+    assert all(status.entry(trial, output).status == "done" for trial in sweep.trials)
     took["the ledger"] = time.time() - began
     began = time.time()
     table.to_text(sweep, records(sweep, output))

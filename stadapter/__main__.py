@@ -23,9 +23,10 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.data import __main__ as data
 from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.storage import data_root
-from stadapter.record import DEFAULT_CHECKPOINT_EVERY_S, WriteError, bad_clips_in_words
 from stadapter.speed_flags import add_speed_flags, speed_flags
-from stadapter.stopping import StopSignals, write
+from stadapter.trials.files import WriteError
+from stadapter.trials.record import DEFAULT_CHECKPOINT_EVERY_S, bad_clips_in_words
+from stadapter.trials.stop import StopSignals, write
 from stadapter.version import __version__
 
 STOPPED = 130  # as a shell tells of Ctrl-C
@@ -191,10 +192,10 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from stadapter import machine
-    from stadapter.ablation import lock
     from stadapter.data.bad_clips import BadClipsError
     from stadapter.running import Stopped
     from stadapter.train import Operation, TrainingError, join_world, train
+    from stadapter.trials import lock
 
     world = join_world()
     workers = options.num_workers

@@ -267,8 +267,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from stadapter import convert, record
+    from stadapter import convert
     from stadapter.data.annotations import load_clips
+    from stadapter.trials import record
 
     _check_output(options.output, ".safetensors", ".pth")
     if options.output.suffix == ".pth":

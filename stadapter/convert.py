@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stadapter import checkpoints, config, recipes, record, saved
+from stadapter import checkpoints, config, recipes, saved
 from stadapter.backbone.load import describe_backbone, load_backbone
 from stadapter.backbone.state_dicts import read_tensors
 from stadapter.config import ConfigError, Recipe
 from stadapter.model import VideoClassifier
+from stadapter.trials import files
 
 _DATASETS = {174: "ssv2", 400: "kinetics400"}  # by number of classes
 _BACKBONES = {768: "clip_b16", 1024: "clip_l14"}  # by width
@@ -109,7 +110,7 @@ def to_authors(file: str | Path, output: str | Path, *, weights_file: Path | Non
     dtype = torch.float16 if all(torch.equal(state[n].half().float(), state[n]) for n in frozen) else torch.float32
     buffer = io.BytesIO()
     torch.save({"model": state | {name: state[name].to(dtype) for name in frozen}}, buffer)
-    record.write_atomically(Path(output), buffer.getvalue())
+    files.write_atomically(Path(output), buffer.getvalue())
     return dtype
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stadapter import record
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.transforms import pixel_dtype
 from stadapter.model import VideoClassifier
+from stadapter.trials import files
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -58,7 +58,7 @@ def export(model: VideoClassifier, recipe: Recipe, file: str | Path) -> float:
         except Exception as error:  # of many kinds, a full disk among them
             raise ExportError(f"{file}: cannot be written ({_first_line(error)})") from error
         difference = _compare(model, run, recipe, written)
-        record.write_atomically(file, written.read_bytes())
+        files.write_atomically(file, written.read_bytes())
     return difference
 
 

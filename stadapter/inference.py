@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stadapter import config, machine, record, saved
+from stadapter import config, machine, saved
 from stadapter.config import ConfigError, Precision, Recipe
 from stadapter.data.annotations import ClipList, load_clips
 from stadapter.data.bad_clips import BadClips
@@ -21,6 +21,7 @@ from stadapter.evaluate import evaluate
 from stadapter.model import VideoClassifier, cast_frozen
 from stadapter.running import World
 from stadapter.train import PRECISIONS, Operation, make_dataset
+from stadapter.trials import record
 
 CLIPS_PER_PASS = 8
 

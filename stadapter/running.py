@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stadapter import checkpointing, record
 from stadapter.config import Recipe
 from stadapter.data.bad_clips import BadClips
 from stadapter.model import VideoClassifier, load_trainable_state, trainable_state
 from stadapter.prefix import Prefix
+from stadapter.trials import checkpoint, files, record
 
 
 class Stopped(Exception):
@@ -150,7 +150,7 @@ class Run:
             "bad_clips": self.bad.reasons,
             "data": self.seen,
         }
-        checkpointing.save(self.folder, state)
+        checkpoint.save(self.folder, state)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one. A broken one is set aside, with a warning.
@@ -159,11 +159,11 @@ class Run:
         """
         learner, world = self.learner, self.learner.world
         if world.rank == 0:
-            for note in checkpointing.set_broken_aside(self.folder):
+            for note in checkpoint.set_broken_aside(self.folder):
                 warnings.warn(note, stacklevel=3)
         if world.size > 1:
             dist.barrier()
-        state = checkpointing.load(self.folder, world.device)
+        state = checkpoint.load(self.folder, world.device)
         if state is not None:
             record.check_data(self.folder, state["data"], self.seen)
             load_trainable_state(learner.model, state["trained"])
@@ -183,4 +183,4 @@ class Run:
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        record.write_atomically(self.folder / record.METRICS, text.encode())
+        files.write_atomically(self.folder / record.METRICS, text.encode())

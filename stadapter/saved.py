@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from stadapter import record
 from stadapter.config import ConfigError, Recipe, flatten, identity, unflatten
 from stadapter.model import VideoClassifier, build_model, load_trainable_state, trainable_state
+from stadapter.trials import files
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def write(file: Path, state: Mapping[str, Tensor], header: Header) -> None:
     if header.recipe is not None:
         texts["trial_id"] = identity(header.recipe)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    record.write_atomically(file, safetensors_bytes(tensors, texts))
+    files.write_atomically(file, safetensors_bytes(tensors, texts))
 
 
 def read(file: str | Path) -> tuple[dict[str, Tensor], Header]:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stadapter import machine, record, saved
+from stadapter import machine, saved
 from stadapter.config import ConfigError, DataConfig, Recipe, flatten, identity
 from stadapter.cost import cost_of
 from stadapter.data.annotations import ClipList, load_clips
@@ -48,6 +48,7 @@ from stadapter.model import (
 from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
 from stadapter.prefix import Rows, kept_splits, open_prefix
 from stadapter.running import Clock, Learner, Run, World
+from stadapter.trials import files, provenance, record
 
 TEST_BATCH_FACTOR = 4  # without a graph, a pass of this many times the clips fits the same memory
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -197,7 +198,7 @@ def train(
         | {"decoder": "pyav" if operation.decoder == "auto" else operation.decoder},
         "started": run.clock.began,
         "finished": time.time(),
-        **machine.provenance(),
+        **provenance.provenance(),
     }
     if world.rank == 0:
         saved.save(
@@ -209,7 +210,7 @@ def train(
             metrics=tested,
             class_names=clips["test"].class_names,
         )
-        record.write_json(folder / record.RESULT, result)
+        files.write_json(folder / record.RESULT, result)
     return result
 
 

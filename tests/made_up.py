@@ -6,9 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from stadapter import config, recipes, record
-from stadapter.ablation.trial import Arm, Sweep, Trial, make_sweep, save_sweep
+from stadapter import config, recipes
 from stadapter.config import Recipe
+from stadapter.trials import files, record
+from stadapter.trials.sweep import Arm, Sweep, Trial, make_sweep, save_sweep
 
 KERNEL = {"kernel 1x3x3": 48.0, "kernel 3x3x3": 96.0, "kernel 5x3x3": 97.0, "kernel 7x3x3": 96.5}
 
@@ -56,4 +57,4 @@ def write(
             noise = random.Random(f"{trial.id}").gauss(0, spread)
             folder = trial.folder(output)
             record.prepare_folder(folder, trial.recipe)
-            record.write_json(folder / record.RESULT, result(trial, round(min(100.0, means[trial.arm] + noise), 2)))
+            files.write_json(folder / record.RESULT, result(trial, round(min(100.0, means[trial.arm] + noise), 2)))

@@ -17,10 +17,11 @@ from scipy import stats
 import analysis
 from analysis.__main__ import main
 from analysis.content import glance
-from stadapter import config, recipes, record
+from stadapter import config, recipes
 from stadapter.ablation import table
 from stadapter.ablation.tracking import sync
-from stadapter.ablation.trial import Arm, make_sweep, sweep_folders
+from stadapter.trials import files, record
+from stadapter.trials.sweep import Arm, make_sweep, sweep_folders
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,7 +91,7 @@ def test_a_number_that_is_not_finite_is_a_hole_too(tmp_path: Path) -> None:
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     first = sweep.trials[0]
     broken = made_up.result(first, 50.0) | {"metrics": {"top1": float("nan")}}
-    record.write_json(first.folder(tmp_path) / record.RESULT, broken)
+    files.write_json(first.folder(tmp_path) / record.RESULT, broken)
     (found,) = analysis.from_folder(tmp_path)
     assert found.rows[0].hole == "1 of 2"
     assert found.rows[0].top1 is not None and found.rows[0].top1.n == 1
@@ -100,7 +101,7 @@ def test_a_diverged_trial_is_marked(tmp_path: Path) -> None:
     sweep = made_up.kernel_sweep(2)
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     first = sweep.trials[0]
-    record.write_json(first.folder(tmp_path) / record.RESULT, made_up.result(first, 8.0, diverged=True))
+    files.write_json(first.folder(tmp_path) / record.RESULT, made_up.result(first, 8.0, diverged=True))
     (found,) = analysis.from_folder(tmp_path)
     text = table.to_text(found.sweep, found.records)
     assert re.search(r"kernel 1x3x3 .*†", text)
@@ -124,7 +125,7 @@ def test_trials_tested_on_different_clips_raise_a_warning(tmp_path: Path) -> Non
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     first = sweep.trials[0]
     other = {"train": {"fingerprint": "0", "clips": 1}, "test": {"fingerprint": "2", "clips": 1}}
-    record.write_json(first.folder(tmp_path) / record.RESULT, made_up.result(first, 48.0, data=other))
+    files.write_json(first.folder(tmp_path) / record.RESULT, made_up.result(first, 48.0, data=other))
     (found,) = analysis.from_folder(tmp_path)
     assert any(note.startswith("WARNING: the trials were not tested on the same clips") for note in found.notes)
 
@@ -168,7 +169,7 @@ def test_differences_that_are_equal_in_all_seeds_are_said_to_be_untested(tmp_pat
     for trial in sweep.trials:
         if trial.arm in accuracies:
             top1 = accuracies[trial.arm][trial.seed]
-            record.write_json(trial.folder(tmp_path) / record.RESULT, made_up.result(trial, top1))
+            files.write_json(trial.folder(tmp_path) / record.RESULT, made_up.result(trial, top1))
     (found,) = analysis.from_folder(tmp_path)
     rows = {row.arm: row for row in found.rows}
     assert rows["kernel 1x3x3"].untestable and not rows["kernel 5x3x3"].untestable
@@ -187,9 +188,11 @@ def test_the_same_report_from_mlflow_and_from_the_folder(output: Path, tmp_path:
     assert analysis.from_mlflow(store) == analysis.from_folder(output)
     assert main(["--output", str(output), "--report", str(tmp_path / "a")]) == 0
     assert main(["--tracking-uri", store, "--report", str(tmp_path / "b")]) == 0
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*") if path.suffix != ".pdf")
-    assert len(files) == 2 + 4 + 5 * 3
-    for file in files:
+    written = sorted(
+        path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*") if path.suffix != ".pdf"
+    )
+    assert len(written) == 2 + 4 + 5 * 3
+    for file in written:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from videos import scene, write_grey, write_video
 
-from stadapter import config, record
+from stadapter import config
 from stadapter.config import DataConfig, Recipe
 from stadapter.data import apart
 from stadapter.data import reading as reading_module
@@ -29,6 +29,7 @@ from stadapter.data.decoding import ClipError, decode
 from stadapter.data.reading import Reading, read_frames
 from stadapter.data.storage import Spill
 from stadapter.train import Operation, train
+from stadapter.trials import record
 
 BAD = ("zero bytes.mp4", "truncated.mp4", "text.mp4", "audio only.mp4")
 ODD = ("one frame.mp4", "variable rate.mp4", "räum té/日本 clip.mp4")

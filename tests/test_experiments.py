@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from stadapter import recipes
-from stadapter.ablation.trial import Arm, make_sweep
 from stadapter.config import ConfigError, Recipe, replace
 from stadapter.cost import cost_of
 from stadapter.train import Operation, train
+from stadapter.trials.sweep import Arm, make_sweep
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem.startswith(("ablate_", "compare_")))

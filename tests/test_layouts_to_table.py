@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from stadapter import record
 from stadapter.ablation.sweep import Cluster, Resources
+from stadapter.trials import record
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "ablate_kernel.py"
 SMALL = {

@@ -21,14 +21,13 @@ from typing import Any
 import made_up
 import pytest
 
-from stadapter import record
-from stadapter.ablation import ledger, lock
 from stadapter.ablation.launch import Launch, Request
-from stadapter.ablation.stopping import GentleStop, Standstill, moving, watch
 from stadapter.ablation.sweep import write_error
 from stadapter.ablation.terminal import Terminal
-from stadapter.ablation.trial import Arm, make_sweep
 from stadapter.config import ConfigError, Recipe, replace
+from stadapter.trials import files, lock, record, status
+from stadapter.trials.stop import GentleStop, Standstill, moving, watch
+from stadapter.trials.sweep import Arm, make_sweep
 
 ROOT = Path(__file__).parent.parent
 KERNEL = str(ROOT / "experiments" / "ablate_kernel.py")
@@ -48,12 +47,12 @@ def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_only_chooses_trials_by_words_in_their_names() -> None:
     trials = made_up.kernel_sweep(12).trials
-    assert {t.name for t in ledger.select(trials, ["kernel 1x3x3 seed 1"])} == {"kernel 1x3x3 seed 1"}  # not seed 11
-    assert len(ledger.select(trials, ["seed 1"])) == 4
-    assert len(ledger.select(trials, ["kernel 3x3x3", "seed 0"])) == 12 + 3
-    assert len(ledger.select(trials, None)) == 48
+    assert {t.name for t in status.select(trials, ["kernel 1x3x3 seed 1"])} == {"kernel 1x3x3 seed 1"}  # not seed 11
+    assert len(status.select(trials, ["seed 1"])) == 4
+    assert len(status.select(trials, ["kernel 3x3x3", "seed 0"])) == 12 + 3
+    assert len(status.select(trials, None)) == 48
     with pytest.raises(ConfigError, match="--only 'kernel 9': no trial of this sweep has that in its name; there are"):
-        ledger.select(trials, ["kernel 9"])
+        status.select(trials, ["kernel 9"])
 
 
 @pytest.mark.parametrize(
@@ -67,22 +66,22 @@ def test_a_name_that_leads_out_of_the_output_folder_is_refused(sweep: str, recip
 def test_force_keeps_the_old_record_and_forgets_failures(tmp_path: Path) -> None:
     sweep = made_up.kernel_sweep(1)
     made_up.write(sweep, tmp_path, made_up.KERNEL, leave_out=1)
-    ledger.count_failure(sweep.trials[1].folder(tmp_path), 2, "it broke")
+    status.count_failure(sweep.trials[1].folder(tmp_path), 2, "it broke")
     before = record.read_result(sweep.trials[0].folder(tmp_path))
-    (moved,) = ledger.set_aside(sweep.trials[:2], tmp_path)
+    (moved,) = status.set_aside(sweep.trials[:2], tmp_path)
     assert record.read_result(moved) == before
     assert not sweep.trials[0].folder(tmp_path).exists()
-    assert ledger.read_failures(sweep.trials[1].folder(tmp_path)).count == 0
-    assert ledger.entry(sweep.trials[2], tmp_path).status == "done"
+    assert status.read_failures(sweep.trials[1].folder(tmp_path)).count == 0
+    assert status.entry(sweep.trials[2], tmp_path).status == "done"
 
 
 def test_failures_are_counted_over_launches_and_anew_under_another_limit(tmp_path: Path) -> None:
-    ledger.count_failure(tmp_path, 2, "first")
-    assert not ledger.exhausted(tmp_path, 2)
-    ledger.count_failure(tmp_path, 2, "second")
-    assert ledger.exhausted(tmp_path, 2)
-    assert not ledger.exhausted(tmp_path, 3)
-    assert ledger.count_failure(tmp_path, 3, "third") == ledger.Failures(1, 3, "third")
+    status.count_failure(tmp_path, 2, "first")
+    assert not status.exhausted(tmp_path, 2)
+    status.count_failure(tmp_path, 2, "second")
+    assert status.exhausted(tmp_path, 2)
+    assert not status.exhausted(tmp_path, 3)
+    assert status.count_failure(tmp_path, 3, "third") == status.Failures(1, 3, "third")
 
 
 def test_tables_of_other_arms_are_kept_aside_and_those_of_more_seeds_are_not(tmp_path: Path) -> None:
@@ -90,15 +89,15 @@ def test_tables_of_other_arms_are_kept_aside_and_those_of_more_seeds_are_not(tmp
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     (sweep.folder(tmp_path) / "table.txt").write_text("numbers")
     fewer = make_sweep("kernel", "?", sweep.recipe, sweep.arms[:2], 2)
-    kept = ledger.keep_tables(sweep, fewer, tmp_path)
+    kept = status.keep_tables(sweep, fewer, tmp_path)
     assert kept is not None and (kept / "table.txt").read_text() == "numbers"
-    assert ledger.keep_tables(sweep, made_up.kernel_sweep(3), tmp_path) is None
+    assert status.keep_tables(sweep, made_up.kernel_sweep(3), tmp_path) is None
 
 
 # --- one writer
 
 
-HOLD = "import sys, time, pathlib\nfrom stadapter.ablation import lock\n"
+HOLD = "import sys, time, pathlib\nfrom stadapter.trials import lock\n"
 HOLD += (
     "with lock.writing(pathlib.Path(sys.argv[1]), 'the other'):\n    print('held', flush=True)\n    time.sleep(60)\n"
 )
@@ -149,7 +148,7 @@ def test_a_live_owner_on_another_machine_is_left_alone_until_it_falls_silent(tmp
     folder = tmp_path / "trials" / "abc"
     path = tmp_path / "locks" / "abc.owner"
     path.parent.mkdir()
-    record.write_json(path, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
+    files.write_json(path, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
     with pytest.raises(lock.Busy, match="process 1 on node7"), lock.writing(folder):
         pass
     silent = time.time() - 2 * lock.SILENT_S
@@ -167,7 +166,7 @@ def test_without_flock_the_lock_of_a_machine_that_went_down_is_taken_away_when_i
     monkeypatch.setattr(fcntl, "flock", no_flock)
     folder, owner = tmp_path / "trials" / "abc", tmp_path / "locks" / "abc.owner"
     owner.parent.mkdir()
-    record.write_json(owner, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
+    files.write_json(owner, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
     held = owner.with_suffix(".lock")
     held.write_text("1\nnode7\n")
     with pytest.warns(UserWarning, match="flock not supported"):
@@ -227,14 +226,14 @@ def test_a_full_disk_is_told_in_one_line_and_does_not_break_into_ray(small_disk:
     with pytest.raises(OSError, match="No space"), open(small_disk / "filler", "wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
-    why = write_error(trial.folder(small_disk), record.WriteError(small_disk / "x", 1, OSError(errno.ENOSPC, "full")))
+    why = write_error(trial.folder(small_disk), files.WriteError(small_disk / "x", 1, OSError(errno.ENOSPC, "full")))
     assert why.startswith(f"{small_disk / 'x'}: cannot be written (full")
     options = argparse.Namespace(max_failures=2)
     launched = Launch(
         Request(sweep, [trial], frozenset(), small_disk, options), Terminal(sweep, 0), None, GentleStop(small_disk)
     )
     launched.event("failed", trial, {"message": why})
-    assert isinstance(launched.unwritten, record.WriteError)  # raised when the round is over
+    assert isinstance(launched.unwritten, files.WriteError)  # raised when the round is over
 
 
 # --- whole sweeps
@@ -245,7 +244,7 @@ def test_a_trial_that_failed_as_often_as_it_may_is_given_up(tiny_flags: list[str
     planned = launch(words(flags, tmp_path, "--plan"))
     (trial,) = {line.split()[4] for line in planned.stdout.splitlines() if line.startswith("  kernel")}
     for _ in range(2):
-        ledger.count_failure(tmp_path / "trials" / trial, 2, "the loss became nan")
+        status.count_failure(tmp_path / "trials" / trial, 2, "the loss became nan")
     assert "failed 2 times" in launch(words(flags, tmp_path, "--plan")).stdout
     done = launch(words(flags, tmp_path))
     assert done.returncode == 1
@@ -273,7 +272,7 @@ def test_a_finished_sweep_of_60_trials_is_answered_without_torch_or_ray(tmp_path
         for split in ("train", "test"):
             clips = load_clips(replace(trial.recipe, seed=0).data, None, split)
             result["data"][split] = {"fingerprint": clips.fingerprint(), "clips": len(clips)}
-        record.write_json(path, result)
+        files.write_json(path, result)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "60 trials, 60 finished before" in done.stdout
@@ -284,5 +283,5 @@ def test_more_arms_or_seeds_run_only_what_is_new(tmp_path: Path, tiny_recipe: Re
     first, second = (make_sweep("s", "?", tiny_recipe, arms[:n], n) for n in (1, 2))
     assert {trial.id for trial in first.trials} < {trial.id for trial in second.trials}
     made_up.write(first, tmp_path, {"one": 90.0})
-    states = {trial.name: ledger.entry(trial, tmp_path).status for trial in second.trials}
+    states = {trial.name: status.entry(trial, tmp_path).status for trial in second.trials}
     assert states == {"one seed 0": "done", "one seed 1": "to do", "two seed 0": "to do", "two seed 1": "to do"}

@@ -24,10 +24,10 @@ from mlflow.entities import LoggedModel
 from test_docs import BLOCK, ROOT
 
 from stadapter.ablation import table
-from stadapter.ablation.trial import Arm, make_sweep, records, save_sweep
 from stadapter.config import ConfigError, Recipe
 from stadapter.inference import open_trained
 from stadapter.predict import predict
+from stadapter.trials.sweep import Arm, make_sweep, records, save_sweep
 
 KERNEL = made_up.kernel_sweep(2)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,7 +10,7 @@ import nbclient
 import nbformat
 import pytest
 
-from stadapter import record
+from stadapter.trials import record
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
 

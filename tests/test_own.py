@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from stadapter import config, record
+from stadapter import config
 from stadapter.config import ConfigError, OwnCode, Recipe
 from stadapter.cost import cost_of
 from stadapter.model import VideoClassifier, build_model, trainable_parameters
 from stadapter.own import load, own_adapter, own_model
 from stadapter.train import Operation, train
+from stadapter.trials import files, record
 
 IDEAS = Path(__file__).parent.parent / "docs" / "own_idea"
 
@@ -111,7 +112,7 @@ def test_a_run_folder_of_an_own_arm_goes_on_after_its_file_has_moved(tmp_path: P
 
 def test_a_run_folder_from_before_there_was_own_code_is_still_known(tmp_path: Path, tiny_recipe: Recipe) -> None:
     fields = {path: value for path, value in config.flatten(tiny_recipe).items() if not path.startswith("own.")}
-    record.write_json(tmp_path / record.CONFIG, fields)
+    files.write_json(tmp_path / record.CONFIG, fields)
     assert record.check_config(tmp_path, tiny_recipe)
 
 

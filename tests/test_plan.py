@@ -14,13 +14,13 @@ import torch
 
 from stadapter import config, recipes
 from stadapter.ablation.gpus import GPUS, gpu_named
-from stadapter.ablation.ledger import entry
 from stadapter.ablation.plan import Memory, Work, compare_with_reality, memory_of, operations, rate_of
-from stadapter.ablation.trial import make_sweep
 from stadapter.config import Recipe
 from stadapter.cost import cost_of
 from stadapter.machine import device_name
 from stadapter.model import build_model
+from stadapter.trials.status import entry
+from stadapter.trials.sweep import make_sweep
 
 ROOT = Path(__file__).parent.parent
 KERNEL = str(ROOT / "experiments" / "ablate_kernel.py")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stadapter import config, recipes, record
+from stadapter import config, recipes
 from stadapter.__main__ import main
 from stadapter.config import ConfigError
 from stadapter.data.annotations import load_clips
@@ -19,6 +19,7 @@ from stadapter.data.clips import ClipDataset
 from stadapter.inference import open_trained, test
 from stadapter.predict import find_videos, predict, top_classes
 from stadapter.train import Operation
+from stadapter.trials import record
 
 # --- predict
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stadapter import config, record
+from stadapter import config
 from stadapter.__main__ import main as command
-from stadapter.ablation.ledger import Entry, Failures
 from stadapter.ablation.plan import rate_of
 from stadapter.ablation.table import make_rows, notes
 from stadapter.config import ConfigError, DataConfig, Recipe
@@ -30,6 +29,8 @@ from stadapter.model import build_model
 from stadapter.prefix import FIXED, PIXELS, Prefix, Rows, check_pixels, describe, open_prefix, tokens_shape
 from stadapter.running import Stopped
 from stadapter.train import Operation, train
+from stadapter.trials import record
+from stadapter.trials.status import Entry, Failures
 
 CPU = torch.device("cpu")
 ROW_BYTES = 4 * 26 * 96 * 4  # frames, tokens, width, float32

@@ -19,10 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stadapter import checkpointing, config, record
+from stadapter import config
 from stadapter.config import ConfigError, Recipe
 from stadapter.running import Stopped
 from stadapter.train import Operation, train
+from stadapter.trials import checkpoint, files, record
 
 WALL_TIMES = ("seconds", "time", "clips_per_s")
 STEPS = 8  # of the tiny recipe: 2 epochs of 4
@@ -158,23 +159,23 @@ def test_without_a_whole_checkpoint_the_training_starts_again_and_says_so(
 ) -> None:
     with pytest.raises(Stopped):
         train(tiny_recipe, tmp_path, operation, **stop_at(6))
-    for name in (record.CHECKPOINT, checkpointing.PREVIOUS):
+    for name in (record.CHECKPOINT, checkpoint.PREVIOUS):
         cut_in_half(tmp_path / name)
     with pytest.warns(UserWarning) as caught:
         train(tiny_recipe, tmp_path, operation)
     assert "the training starts again" in [str(warning.message) for warning in caught]
     assert {path.name for path in tmp_path.glob("*.broken")} == {
-        f"{name}.broken" for name in (record.CHECKPOINT, checkpointing.PREVIOUS)
+        f"{name}.broken" for name in (record.CHECKPOINT, checkpoint.PREVIOUS)
     }
     assert_same_outcome(tmp_path, undisturbed)
 
 
 def test_a_crash_between_the_two_renames_of_a_checkpoint_loses_nothing(tmp_path: Path) -> None:
-    checkpointing.save(tmp_path, {"steps_done": 1})
-    checkpointing.save(tmp_path, {"steps_done": 2})
-    os.replace(tmp_path / record.CHECKPOINT, tmp_path / checkpointing.PREVIOUS)
-    assert checkpointing.set_broken_aside(tmp_path) == []
-    assert checkpointing.load(tmp_path, torch.device("cpu")) == {"steps_done": 2}
+    checkpoint.save(tmp_path, {"steps_done": 1})
+    checkpoint.save(tmp_path, {"steps_done": 2})
+    os.replace(tmp_path / record.CHECKPOINT, tmp_path / checkpoint.PREVIOUS)
+    assert checkpoint.set_broken_aside(tmp_path) == []
+    assert checkpoint.load(tmp_path, torch.device("cpu")) == {"steps_done": 2}
 
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
@@ -182,9 +183,9 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (f"touch {tmp_path}/ran",)
 
-    checkpointing.save(tmp_path, {"trained": Evil()})
+    checkpoint.save(tmp_path, {"trained": Evil()})
     with pytest.raises(Exception, match="weights_only"):
-        checkpointing.load(tmp_path, torch.device("cpu"))
+        checkpoint.load(tmp_path, torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -228,9 +229,7 @@ def test_a_full_disk_ends_the_training_in_one_line_and_loses_nothing(
         while True:
             file.write(b"x" * 4096)
     before = (folder / record.CHECKPOINT).read_bytes()
-    with pytest.raises(
-        record.WriteError, match=r"cannot be written \(No space left .*MiB are needed, 0.0 MiB are free"
-    ):
+    with pytest.raises(files.WriteError, match=r"cannot be written \(No space left .*MiB are needed, 0.0 MiB are free"):
         train(tiny_recipe, folder, operation)
     assert (folder / record.CHECKPOINT).read_bytes() == before
     assert not list(folder.glob("*.part")) and not list(folder.glob(".*.part"))
@@ -247,7 +246,7 @@ def test_a_folder_that_becomes_read_only_ends_the_training_in_one_line(
     def lose_the_disk(at: dict[str, Any]) -> None:
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
 
-    with pytest.raises(record.WriteError, match=r"cannot be written \(Read-only file system\)") as caught:
+    with pytest.raises(files.WriteError, match=r"cannot be written \(Read-only file system\)") as caught:
         train(tiny_recipe, folder, operation, on_step=lose_the_disk)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="choose another folder"):
@@ -270,7 +269,7 @@ def command(tiny_flags: list[str], folder: Path, *more: str) -> list[str]:
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
-        state = checkpointing.load(folder, torch.device("cpu"))
+        state = checkpoint.load(folder, torch.device("cpu"))
         if state is not None and state["steps_done"] >= step:
             return
         time.sleep(0.002)

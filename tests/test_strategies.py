@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from stadapter import recipes, record
+from stadapter import recipes
 from stadapter.config import ConfigError, Placement, Recipe, Strategy, replace
 from stadapter.cost import cost_of
 from stadapter.model import (
@@ -27,6 +27,7 @@ from stadapter.model import (
 from stadapter.optim import make_optimizer
 from stadapter.recipes import for_strategy
 from stadapter.train import Operation, train
+from stadapter.trials import record
 
 EMBEDDED = replace(recipes.embedded, **{"backbone.weights": "seed:0", "data.num_frames": 4})
 STRATEGIES = typing.get_args(Strategy)

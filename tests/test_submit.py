@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
-from stadapter import record
 from stadapter.ablation import ray_jobs, submission
 from stadapter.ablation.__main__ import main
 from stadapter.config import ConfigError
+from stadapter.trials import record
 
 SECRET = "s3cr3t-value"
 BACKENDS = {

@@ -18,12 +18,13 @@ import made_up
 import pytest
 import ray
 
-from stadapter import config, recipes, record
+from stadapter import config, recipes
 from stadapter.ablation import main
 from stadapter.ablation.sweep import Cluster, Resources, run_trials
-from stadapter.ablation.trial import Arm, Trial, load_sweep, make_sweep, records
 from stadapter.config import Recipe
 from stadapter.train import Operation, train
+from stadapter.trials import record
+from stadapter.trials.sweep import Arm, Trial, load_sweep, make_sweep, records
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "experiments" / "ablate_kernel.py"

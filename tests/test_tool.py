@@ -15,10 +15,10 @@ from typing import Any
 import made_up
 import pytest
 
-from stadapter import __version__, record
+from stadapter import __version__
 from stadapter.__main__ import main, make_parser
-from stadapter.ablation import ledger
 from stadapter.ablation.__main__ import main as sweeps_main
+from stadapter.trials import record, status
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "ray", "mlflow", "pandas", "shtab", "onnx")
@@ -79,17 +79,17 @@ def test_sweep_status_counts_what_is_done_failed_resumable_and_to_do(tmp_path: P
     shutil.rmtree(to_do)
     for folder in (failed, resumable):
         (folder / record.RESULT).unlink()
-    ledger.count_failure(failed, 2, "out of memory")
+    status.count_failure(failed, 2, "out of memory")
     (resumable / record.CHECKPOINT).touch()
     assert main(["sweep", "status", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
     assert lines[0] == "kernel-embedded: 5 done, 1 failed, 1 resumable, 1 to do"
     assert len(lines) == 9
-    for line, trial, status in zip(
+    for line, trial, expected in zip(
         lines[1:], sweep.trials, ["to do", "failed once", "resumable (0 of 4 epochs done)", *["done"] * 5], strict=True
     ):
-        assert line.split(trial.id) == [f"  {trial.name}  ", f"  {status}"]
+        assert line.split(trial.id) == [f"  {trial.name}  ", f"  {expected}"]
     assert sweeps_main(["status", "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out == said
 

@@ -12,12 +12,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from stadapter import record
 from stadapter.ablation.mlflow_store import pages
 from stadapter.ablation.tracking import Mirror, sync
-from stadapter.ablation.trial import Arm, Sweep, Trial, make_sweep
 from stadapter.config import ConfigError, flatten
 from stadapter.recipes import embedded
+from stadapter.trials import files, record
+from stadapter.trials.sweep import Arm, Sweep, Trial, make_sweep
 
 BEGAN = 1_700_000_000.0
 
@@ -53,7 +53,7 @@ def write_result(trial: Trial, output: Path) -> None:
         "started": BEGAN,
         "finished": BEGAN + 40,
     }
-    record.write_json(trial.folder(output) / record.RESULT, result)
+    files.write_json(trial.folder(output) / record.RESULT, result)
 
 
 def run_whole(mirror: Mirror, sweep: Sweep, output: Path, tables: list[Path]) -> None:

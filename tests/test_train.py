@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from stadapter import config, record
+from stadapter import config
 from stadapter import train as train_module
 from stadapter.config import ConfigError, Recipe
 from stadapter.model import build_model, trainable_parameters
 from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
 from stadapter.train import Operation, TrainingError, World, train
+from stadapter.trials import record
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from stadapter import config, recipes, record
+from stadapter import config, recipes
 from stadapter.ablation import tune
 from stadapter.ablation.__main__ import main
 from stadapter.ablation.search import search
 from stadapter.ablation.sweep import Cluster, Resources
 from stadapter.config import Recipe
 from stadapter.train import Operation, train
+from stadapter.trials import record
 
 TRIALS = 5
 

@@ -9,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from stadapter.ablation import ledger, submit, table, tune
-from stadapter.ablation.flags import DEFAULT_OUTPUT, DEFAULT_STORE, check_port
-from stadapter.ablation.trial import load_sweep, records, sweep_folders
+from stadapter.ablation import submit, table, tune
+from stadapter.ablation.flags import check_port
 from stadapter.config import ConfigError
-from stadapter.record import without_passwords
+from stadapter.trials import status
+from stadapter.trials.files import without_passwords
+from stadapter.trials.sweep import DEFAULT_OUTPUT, DEFAULT_STORE, load_sweep, records, sweep_folders
 
 DEFAULT_UI_PORT = 5000
 
@@ -107,9 +108,9 @@ def _status(options: argparse.Namespace) -> int:
     output = options.output.resolve()
     for folder in sweep_folders(options.output):
         sweep = load_sweep(folder)
-        entries = [ledger.entry(trial, output) for trial in sweep.trials]
+        entries = [status.entry(trial, output) for trial in sweep.trials]
         counts = Counter(entry.state for entry in entries)
-        print(f"{folder.name}: {', '.join(f'{counts[state]} {state}' for state in ledger.STATES if counts[state])}")
+        print(f"{folder.name}: {', '.join(f'{counts[state]} {state}' for state in status.STATES if counts[state])}")
         width = max(len(trial.name) for trial in sweep.trials)
         for entry in entries:
             print(f"  {entry.trial.name:<{width}}  {entry.trial.id}  {entry.status}")

@@ -18,21 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stadapter import config, recipes, record
-from stadapter.ablation import ledger
-from stadapter.ablation.flags import (
-    GPU_CLIPS_PER_PASS,
-    Values,
-    check_gpu_flags,
-    check_numbers,
-    check_port,
-    make_parser,
-)
+from stadapter import config, recipes
+from stadapter.ablation.flags import GPU_CLIPS_PER_PASS, Values, check_gpu_flags, check_numbers, check_port, make_parser
 from stadapter.ablation.launch import Request, launch
-from stadapter.ablation.trial import SWEEP, Arm, Sweep, Trial, load_sweep, make_sweep, save_sweep
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import reading_flags
 from stadapter.speed_flags import speed_flags
+from stadapter.trials import files, record, status
+from stadapter.trials.sweep import SWEEP, Arm, Sweep, Trial, load_sweep, make_sweep, save_sweep
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
@@ -60,7 +53,7 @@ def main(
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except record.WriteError as error:
+    except files.WriteError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
@@ -79,11 +72,11 @@ def _run(
     words = options.values or (values(recipe) if callable(values) else values)
     question, expected = _question_of(doc)
     sweep = make_sweep(name, question, recipe, [make_arm(recipe, word) for word in words], options.seeds, expected)
-    selected = ledger.select(sweep.trials, options.only)
+    selected = status.select(sweep.trials, options.only)
     output = options.output.resolve()
     if not options.plan:
         _check_writable(options.output, output)
-    entries = {trial.id: ledger.entry(trial, output) for trial in sweep.trials}
+    entries = {trial.id: status.entry(trial, output) for trial in sweep.trials}
     if options.plan:
         from stadapter.ablation.plan import show_plan
 
@@ -112,7 +105,7 @@ def _run(
         estimate_s = _estimate(missing, list(entries.values()), options, num_gpus)
         request = Request(sweep, order, missing_ids, output, options, operation, resources, estimate_s)
     try:
-        if options.force and (moved := ledger.set_aside(selected, output)):
+        if options.force and (moved := status.set_aside(selected, output)):
             print(f"--force: {len(moved)} old records are in {moved[0].parent}")
         _describe_sweep(sweep, output)
     except OSError as error:
@@ -221,7 +214,7 @@ def _fetch_weights(sweep: Sweep, options: argparse.Namespace) -> None:
 
 
 def _estimate(
-    missing: list[Trial], entries: list[ledger.Entry], options: argparse.Namespace, num_gpus: int
+    missing: list[Trial], entries: list[status.Entry], options: argparse.Namespace, num_gpus: int
 ) -> float | None:
     from stadapter.ablation.gpus import gpu_named
     from stadapter.ablation.plan import estimate_seconds
@@ -309,7 +302,7 @@ def _describe_sweep(sweep: Sweep, output: Path) -> None:
     """Write sweep.json. The folder's tables become those of this command; ones with other trials are kept aside."""
     folder = sweep.folder(output)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / SWEEP).exists() and (kept := ledger.keep_tables(load_sweep(folder), sweep, output)):
+    if (folder / SWEEP).exists() and (kept := status.keep_tables(load_sweep(folder), sweep, output)):
         print(f"note: {folder} now holds the tables of these arms and seeds; those it held before are in {kept}")
     save_sweep(sweep, output)
 

@@ -12,12 +12,11 @@ from stadapter.ablation.gpus import GPUS
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import add_reading_flags
 from stadapter.data.storage import data_root
-from stadapter.record import DEFAULT_CHECKPOINT_EVERY_S
 from stadapter.speed_flags import add_speed_flags
+from stadapter.trials.record import DEFAULT_CHECKPOINT_EVERY_S
+from stadapter.trials.sweep import DEFAULT_OUTPUT, DEFAULT_STORE
 
 Values = Sequence[str] | Callable[[Recipe], Sequence[str]]
-DEFAULT_OUTPUT = Path("runs")
-DEFAULT_STORE = "sqlite:///mlflow.db"
 DEFAULT_SEEDS = 2
 DEFAULT_MAX_FAILURES = 2
 GPU_CLIPS_PER_PASS = 64  # the authors' batch per GPU

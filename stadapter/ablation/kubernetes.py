@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from stadapter import record
 from stadapter.ablation.submission import COMMIT, Job, check_printable
 from stadapter.config import ConfigError
 from stadapter.data.storage import is_remote
+from stadapter.trials import files
 
 SHARED_PATHS = False
 SECRETS = "take this environment variable from the key of the same name in the Kubernetes secret --secret"
@@ -170,7 +170,7 @@ def submit(job: Job, options: argparse.Namespace, manifest: str) -> dict[str, An
     path = options.records / f"{job.id}.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        record.write_atomically(path, manifest.encode())
+        files.write_atomically(path, manifest.encode())
     except OSError as error:
         raise ConfigError(f"--records {options.records}: cannot be written ({error.strerror})") from None
     if options.apply:

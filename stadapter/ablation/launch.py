@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stadapter import record
-from stadapter.ablation import ledger, lock, table
-from stadapter.ablation.flags import DEFAULT_STORE
-from stadapter.ablation.stopping import GentleStop
+from stadapter.ablation import table
 from stadapter.ablation.terminal import Terminal
-from stadapter.ablation.trial import FIGURE, SWEEP, Sweep, Trial, records
+from stadapter.trials import files, lock, record, status
+from stadapter.trials.stop import GentleStop
+from stadapter.trials.sweep import DEFAULT_STORE, FIGURE, SWEEP, Sweep, Trial, records
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
@@ -79,7 +78,7 @@ class Launch:
         self.waited_for: set[str] = set()
         self.broken = self._broken()
         self.met_another = False  # in the last round
-        self.unwritten: record.WriteError | None = None  # what the ledger lacks
+        self.unwritten: files.WriteError | None = None  # what the ledger lacks
 
     def run(self) -> None:
         allowed = self.request.options.max_failures
@@ -107,8 +106,8 @@ class Launch:
                 self._wait_for_others()
         for trial in self.request.selected:
             folder = self._folder(trial)
-            if trial.id not in self.done and not self.stop.asked and ledger.exhausted(folder, allowed):
-                failures = ledger.read_failures(folder)
+            if trial.id not in self.done and not self.stop.asked and status.exhausted(folder, allowed):
+                failures = status.read_failures(folder)
                 self.terminal.gave_up(trial, failures.count, failures.last)
 
     def _folder(self, trial: Trial) -> Path:
@@ -122,7 +121,7 @@ class Launch:
                 continue
             if record.read_result(self._folder(trial)) is not None:  # by another launch
                 self.event("finished", trial, {})
-            elif not ledger.exhausted(self._folder(trial), allowed):
+            elif not status.exhausted(self._folder(trial), allowed):
                 found.append(trial)
         return found
 
@@ -153,8 +152,8 @@ class Launch:
         elif kind == "failed":
             allowed = self.request.options.max_failures
             try:
-                failures = ledger.count_failure(folder, allowed, details["message"])
-            except record.WriteError as error:  # raised when the round is over: Ray is in the middle of it
+                failures = status.count_failure(folder, allowed, details["message"])
+            except files.WriteError as error:  # raised when the round is over: Ray is in the middle of it
                 self.unwritten = error
             else:
                 details = details | {"again": failures.count < allowed}
@@ -185,9 +184,9 @@ def _keep(sweep: Sweep, folder: Path, found: table.Records) -> list[Path]:
     if not figure.exists() or any(not path.exists() or path.read_bytes() != new for path, new in contents.items()):
         from stadapter.ablation.figure import to_png
 
-        record.write_atomically(figure, to_png(table.make_rows(sweep, found)))
+        files.write_atomically(figure, to_png(table.make_rows(sweep, found)))
     for path, content in contents.items():
-        record.write_atomically(path, content)
+        files.write_atomically(path, content)
     return [*contents, figure]
 
 
@@ -196,13 +195,13 @@ def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, st
     found = records(sweep, output)
     folder = sweep.folder(output)
     print(f"\n{sweep.question}\n\n{table.to_text(sweep, found)}")
-    files = _keep(sweep, folder, found)
+    kept = _keep(sweep, folder, found)
     asked_for = {trial.id for trial in request.selected}
     left = [t for t, result in zip(sweep.trials, found, strict=True) if result is None and t.id in asked_for]
     holes = sum(result is None for result in found)
     if mirror is not None:
-        status = "KILLED" if stopped and left else "FAILED" if left else "KILLED" if holes else "FINISHED"
-        mirror.finish([folder / SWEEP, *files], status)
+        ended = "KILLED" if stopped and left else "FAILED" if left else "KILLED" if holes else "FINISHED"
+        mirror.finish([folder / SWEEP, *kept], ended)
     if request.operation is not None:
         from stadapter.ablation.plan import compare_with_reality
 
@@ -210,7 +209,7 @@ def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, st
         if line := compare_with_reality(request.estimate_s, ran, output):
             print(line)
     python = min(sys.executable, os.path.relpath(sys.executable), key=len)
-    again = record.without_passwords(shlex.join([python, *(word for word in sys.argv if word != "--force")]))
+    again = files.without_passwords(shlex.join([python, *(word for word in sys.argv if word != "--force")]))
     if left and stopped:
         print(
             f"{len(left)} of {len(found)} trials have no result. This continues them from their checkpoints:\n  {again}"
@@ -229,7 +228,7 @@ def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, st
         print(f"{holes} of {len(found)} trials have no result; --only left them out.")
     print(f"Tables: {folder}\nNext:")
     if mirror is not None:
-        uri = shlex.quote(record.without_passwords(options.tracking_uri))
+        uri = shlex.quote(files.without_passwords(options.tracking_uri))
         store = "" if options.tracking_uri == DEFAULT_STORE else f" --tracking-uri {uri}"
         print(f"  {python} -m stadapter.ablation ui{store}    # compare the runs in MLflow")
     another = "ablate_kernel.py" if sweep.name == "width" else "ablate_width.py"

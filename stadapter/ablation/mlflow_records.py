@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stadapter import record
 from stadapter.ablation.mlflow_store import STORE_ERRORS, MlflowClient, Run
-from stadapter.ablation.trial import SWEEP, Sweep, load_sweep
 from stadapter.config import ConfigError
+from stadapter.trials import files, record
+from stadapter.trials.sweep import SWEEP, Sweep, load_sweep
 
 
 def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[Sweep, list[dict[str, Any] | None]]]:
@@ -23,7 +23,7 @@ def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[
     Of several parents with the same name and recipe, the one begun last counts. ConfigError where the store cannot be
     read or holds no sweep.
     """
-    file, shown = tracking_uri.removeprefix("sqlite:///"), record.without_passwords(tracking_uri)
+    file, shown = tracking_uri.removeprefix("sqlite:///"), files.without_passwords(tracking_uri)
     if file != tracking_uri and not Path(file).exists():
         raise ConfigError(f"--tracking-uri {shown}: there is no such file")
     found: dict[str, tuple[Sweep, list[dict[str, Any] | None]]] = {}

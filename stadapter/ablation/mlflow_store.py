@@ -37,9 +37,10 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from sqlalchemy.exc import SQLAlchemyError
 
-from stadapter import config, machine, record
-from stadapter.ablation import lock, mlflow_view
-from stadapter.ablation.trial import FIGURE, Sweep, Trial, records
+from stadapter import config
+from stadapter.ablation import mlflow_view
+from stadapter.trials import files, lock, provenance, record
+from stadapter.trials.sweep import FIGURE, Sweep, Trial, records
 from stadapter.version import __version__
 
 # What a store that is away, full, locked or read-only raises (`requests` raises OSErrors). Anything else is a bug.
@@ -245,7 +246,7 @@ class Store:
         self.client.set_terminated(parent_id, status)
 
     def _tags(self) -> dict[str, str]:
-        commit = machine.provenance()["git_commit"]
+        commit = provenance.provenance()["git_commit"]
         return {"sweep": self.sweep.name, "recipe": self.sweep.recipe.name, "git_commit": commit}
 
 
@@ -291,7 +292,7 @@ def _sweep_id(sweep: Sweep, output: Path) -> str:
     path = output / "ledger_id"
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
-        record.write_atomically(path, uuid.uuid4().hex.encode())
+        files.write_atomically(path, uuid.uuid4().hex.encode())
     recipe = config.identity(config.replace(sweep.recipe, seed=0))
     return hashlib.sha256(f"{sweep.name} {recipe} {path.read_text()}".encode()).hexdigest()[:12]
 

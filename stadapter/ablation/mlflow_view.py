@@ -11,8 +11,8 @@ import json
 from typing import Any
 from urllib.parse import urlencode
 
-from stadapter.ablation.trial import Sweep
 from stadapter.config import Recipe, flatten
+from stadapter.trials.sweep import Sweep
 
 TAG = "mlflow.sharedViewState."
 _SECTION = "arms"

@@ -24,15 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from stadapter import machine, record
+from stadapter import machine
 from stadapter.ablation.flags import GPU_CLIPS_PER_PASS, check_gpu_flags
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS, gpu_named
-from stadapter.ablation.ledger import Entry
-from stadapter.ablation.trial import Sweep, Trial
 from stadapter.config import ConfigError, Recipe
 from stadapter.cost import Cost, cost_of, meta_model
 from stadapter.data.annotations import load_clips
 from stadapter.prefix import check_pixels
+from stadapter.trials import record
+from stadapter.trials.status import Entry
+from stadapter.trials.sweep import Sweep, Trial
 
 UTILISATION = 0.35  # of the vendor's peak, where no trial has finished yet
 USABLE = 0.9  # of a GPU's memory: the rest is the libraries' and the allocator's

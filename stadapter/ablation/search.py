@@ -25,10 +25,10 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from stadapter import record
 from stadapter.ablation.tune import METRIC, Known, Range, Tried, apply
 from stadapter.config import Recipe
 from stadapter.train import Operation
+from stadapter.trials import record
 
 FAILED_VALUE = 0.0  # what the search learns from a training that diverged: nothing is worse
 

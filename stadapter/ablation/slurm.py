@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stadapter import record
 from stadapter.ablation.submission import COMMIT, Job, check_no_secret, check_printable, copy_code
 from stadapter.config import ConfigError
+from stadapter.trials import files
 
 SHARED_PATHS = True
 SECRETS = "hand this variable of the environment you submit from to the job; the script holds its name only"
@@ -114,8 +114,8 @@ def submit(job: Job, options: argparse.Namespace, script: str) -> dict[str, Any]
     try:
         folder.mkdir(parents=True)
         copy_code(job, folder / CODE)
-        record.write_atomically(folder / SCRIPT, script.encode())
-        record.write_atomically(folder / "packages.txt", "\n".join(job.packages.installed).encode())
+        files.write_atomically(folder / SCRIPT, script.encode())
+        files.write_atomically(folder / "packages.txt", "\n".join(job.packages.installed).encode())
     except OSError as error:
         raise ConfigError(f"--output {job.output}: cannot be written ({error.strerror})") from None
     number = _slurm("sbatch", "--parsable", str(folder / SCRIPT)).split(";")[0]

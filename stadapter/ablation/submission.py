@@ -21,10 +21,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stadapter import record
-from stadapter.ablation.flags import DEFAULT_OUTPUT
 from stadapter.config import ConfigError
 from stadapter.data.storage import is_remote
+from stadapter.trials import files
+from stadapter.trials.sweep import DEFAULT_OUTPUT
 
 COMMIT = "STADAPTER_COMMIT"  # tells a run that is in no git checkout which commit it runs; see stadapter.machine
 MAX_CODE_BYTES = 200_000_000
@@ -213,19 +213,19 @@ def copy_code(job: Job, target: Path) -> None:
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     output = Path(job.output)
     left_out = output if output != root and output.is_relative_to(root) else output / "submissions"
-    files = [
+    wanted = [
         path
         for path in sorted({root / name for name in listed if name})
         if path.is_file() and not path.is_relative_to(left_out)
     ]
-    sizes = {path: path.stat().st_size for path in files}
+    sizes = {path: path.stat().st_size for path in wanted}
     if sum(sizes.values()) > MAX_CODE_BYTES:
         largest = max(sizes, key=lambda path: sizes[path])
         raise ConfigError(
             f"{root}: {sum(sizes.values()) / 1e6:.0f} MB would travel with the job, {largest.relative_to(root)} alone "
             f"has {sizes[largest] / 1e6:.0f} MB; let .gitignore name what is not code"
         )
-    for path in files:
+    for path in wanted:
         copy = target / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)
@@ -235,7 +235,7 @@ def save(job: Job, backend: str, facts: dict[str, Any], records: Path) -> None:
     """Write down that `job` was submitted; `facts` are what the back end needs to find it again."""
     described = asdict(job) | {"submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "backend": backend, "facts": facts}
     records.mkdir(parents=True, exist_ok=True)
-    record.write_atomically(records / f"{job.id}.json", json.dumps(described, indent=2).encode())
+    files.write_atomically(records / f"{job.id}.json", json.dumps(described, indent=2).encode())
 
 
 def load(id: str, records: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from stadapter.ablation import kubernetes, ray_jobs, slurm, submission
-from stadapter.ablation.flags import DEFAULT_OUTPUT
 from stadapter.config import ConfigError
+from stadapter.trials.sweep import DEFAULT_OUTPUT
 
 BACKENDS = {"slurm": slurm, "ray": ray_jobs, "kubernetes": kubernetes}
 DEFAULT_RECORDS = DEFAULT_OUTPUT / "submissions"

@@ -45,13 +45,12 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
-from stadapter import record
-from stadapter.ablation import lock
-from stadapter.ablation.stopping import GentleStop, Standstill, moving, watch
-from stadapter.ablation.trial import Trial
 from stadapter.config import ConfigError, Recipe
 from stadapter.running import Stopped
 from stadapter.train import Operation, World, train
+from stadapter.trials import files, lock, record
+from stadapter.trials.stop import GentleStop, Standstill, moving, watch
+from stadapter.trials.sweep import Trial
 
 PACKAGE = Path(__file__).parents[1]  # the folder of this package, for the nodes of a cluster
 REACH_TIMEOUT_S = 5.0
@@ -405,11 +404,11 @@ def _end_processes(folder: Path, seconds: float) -> None:
 
 def write_error(folder: Path, error: Exception) -> str:
     """Leave why a trial failed in its folder, the cause as the last line; returns that line."""
-    text = record.without_passwords("".join(traceback.format_exception(error)))
-    cause = record.without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
+    text = files.without_passwords("".join(traceback.format_exception(error)))
+    cause = files.without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
     with contextlib.suppress(OSError):  # a full or read-only disk may be the very error; the sweep is told anyway
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_atomically(folder / ERROR, f"{text}\n{cause}\n".encode())
+        files.write_atomically(folder / ERROR, f"{text}\n{cause}\n".encode())
     return cause
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from stadapter import config
 from stadapter.ablation.published import MARKS, Published, published
 from stadapter.ablation.statistics import Difference, Summary, compare, holm, summarise
-from stadapter.ablation.trial import Sweep, Trial
 from stadapter.config import Recipe
+from stadapter.trials.sweep import Sweep, Trial
 
 DASH = "-"
 DIVERGED = "†"

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stadapter.ablation.trial import Sweep, Trial
-from stadapter.record import bad_clips_in_words
+from stadapter.trials.record import bad_clips_in_words
+from stadapter.trials.sweep import Sweep, Trial
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources

@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stadapter import record
 from stadapter.ablation.mlflow_store import STORE_ERRORS, Store
-from stadapter.ablation.trial import Sweep, Trial
 from stadapter.config import ConfigError
+from stadapter.trials import files, record
+from stadapter.trials.sweep import Sweep, Trial
 
 # A store that answers, but slowly, may hold up a sweep by this much in all: seconds, and a share of the time gone by.
 PATIENCE_S, PATIENCE_SHARE = 10.0, 0.01
@@ -38,7 +38,7 @@ class Mirror:
     ) -> None:
         self._store = Store(sweep, output, tracking_uri, experiment)
         self._say = say
-        uri = shlex.quote(record.without_passwords(tracking_uri))
+        uri = shlex.quote(files.without_passwords(tracking_uri))
         self._sync = f"python -m stadapter.ablation sync --output {shlex.quote(str(output))} --tracking-uri {uri}"
         self._began, self._waited = time.monotonic(), 0.0
         self._opening: Future[None] | None = None
@@ -130,12 +130,12 @@ def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "st
         store.close(tables, "FINISHED" if finished == len(sweep.trials) else "KILLED")
     except STORE_ERRORS as error:
         raise ConfigError(
-            f"--tracking-uri {record.without_passwords(tracking_uri)}: cannot be written ({_first_line(error)})"
+            f"--tracking-uri {files.without_passwords(tracking_uri)}: cannot be written ({_first_line(error)})"
         ) from None
     return finished, begun
 
 
 def _first_line(error: Exception) -> str:
-    text = record.without_passwords((str(error).splitlines() or [""])[0]) or type(error).__name__
+    text = files.without_passwords((str(error).splitlines() or [""])[0]) or type(error).__name__
     unreachable = re.match(r"API request to (\w+://[^/]+).* failed with exception", text)
     return f"{unreachable[1]} does not answer" if unreachable else text[:160]

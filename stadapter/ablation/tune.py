@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stadapter import config, recipes, record
+from stadapter import config, recipes
 from stadapter.ablation.flags import GPU_CLIPS_PER_PASS
-from stadapter.ablation.trial import Trial
 from stadapter.config import ConfigError, Recipe, Strategy
 from stadapter.data.storage import data_root
+from stadapter.trials import files, record
+from stadapter.trials.sweep import Trial
 
 METRIC = "val_top1"  # per cent, after the last epoch
 _DIGITS = 3  # settings are rounded to as many significant digits, so that they can be written down
@@ -223,7 +224,7 @@ def _search(
 
 
 def _conclude(recipe: Recipe, space: Mapping[str, Range], tried: Sequence[Tried], folder: Path, base_name: str) -> int:
-    record.write_atomically(folder / "trials.csv", to_csv(tried, space).encode())
+    files.write_atomically(folder / "trials.csv", to_csv(tried, space).encode())
     finished = [one for one in tried if one.status == "finished" and one.value is not None]
     if not finished:
         print(f"No trial finished; see {folder / 'trials.csv'}. Lower rates may help: --set optim.base_lr=...")
@@ -234,6 +235,6 @@ def _conclude(recipe: Recipe, space: Mapping[str, Range], tried: Sequence[Tried]
     text = f"Best of {len(finished)} finished trials: val top-1 {best.value:.1f} %{beside}.\n"
     text += "One seed on the validation split: compare with new seeds before you believe a small gain.\n\n"
     text += best_text(base_name, best.recipe)
-    record.write_atomically(folder / "best.txt", text.encode())
+    files.write_atomically(folder / "best.txt", text.encode())
     print(f"\n{text}\nTrials: {folder / 'trials.csv'}")
     return 0

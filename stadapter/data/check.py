@@ -19,13 +19,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from stadapter import record
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data import storage
 from stadapter.data.cliplist import ClipList, split_segment
 from stadapter.data.decoding import ClipError
 from stadapter.data.reading import Reading, read_frames
 from stadapter.data.sampling import uniform_indices
+from stadapter.trials import files
 
 PROBLEMS = ("missing", "unreadable", "too_short", "duplicate")
 REPORT = "report.csv"
@@ -138,7 +138,7 @@ def write_report(folder: Path, lists: Sequence[ClipList], findings: Sequence[Fin
         clips = by_split[found.split]
         label = _words(clips.labels[found.index])
         writer.writerow((found.split, clips.paths[found.index], label, found.problem, found.detail))
-    record.write_atomically(folder / REPORT, text.getvalue().encode("utf-8", "surrogateescape"))
+    files.write_atomically(folder / REPORT, text.getvalue().encode("utf-8", "surrogateescape"))
     for clips in lists:
         doomed = {found.index for found in findings if found.split == clips.split}
         lines = [
@@ -146,7 +146,7 @@ def write_report(folder: Path, lists: Sequence[ClipList], findings: Sequence[Fin
             for index, (path, label) in enumerate(zip(clips.paths, clips.labels, strict=True))
             if index not in doomed
         ]
-        record.write_atomically(folder / f"{clips.split}.txt", "".join(lines).encode("utf-8", "surrogateescape"))
+        files.write_atomically(folder / f"{clips.split}.txt", "".join(lines).encode("utf-8", "surrogateescape"))
 
 
 def _words(label: int | tuple[int, ...]) -> str:

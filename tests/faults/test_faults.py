@@ -30,8 +30,8 @@ import slurm_here
 from matrix import MATRIX
 from safetensors.torch import load_file
 
-from stadapter import record
 from stadapter.ablation.slurm import status
+from stadapter.trials import record
 
 HERE = Path(__file__).parent
 STEPS = 16  # of each trial

@@ -11,85 +11,19 @@ A run folder is the truth; MLflow and every table are made from it. It holds
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import re
-import shutil
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stadapter.config import ConfigError, Recipe, flatten, scientific_fields, unflatten
+from stadapter.trials.files import remove_parts, write_json
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
 TRAINED, RESULT = "trained.safetensors", "result.json"
 DEFAULT_CHECKPOINT_EVERY_S = 600.0  # within an epoch
-PART = ".part"  # the end of the name of what is being written
-
-
-class WriteError(OSError):
-    """A file of a run folder could not be written. One line: which, why, and what to do; what was there is whole."""
-
-    def __init__(self, path: Path, size: int, error: OSError) -> None:
-        super().__init__(error.errno, error.strerror, str(path))
-        self.line = f"{path}: cannot be written ({error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(path.parent).free
-            self.line += f"; {size / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free"
-        self.line += "); what was written before is whole, and the same command goes on from it"
-
-    def __str__(self) -> str:
-        return self.line
-
-
-@contextlib.contextmanager
-def written_whole(path: Path, content: bytes) -> Iterator[None]:
-    """Write `content` beside the file, run the block, then rename: a reader sees the old content or the new one, never
-    a part, also after the machine went down. WriteError, and nothing is left behind, where it cannot be written."""
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PART}")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-        os.replace(part, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the folder may be gone or read-only: the first error is what matters
-            part.unlink(missing_ok=True)
-        raise WriteError(path, len(content), error) from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """`written_whole`, with nothing in between."""
-    with written_whole(path, content):
-        pass
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove what writers that died left half written. Only for the folder's one writer."""
-    for part in folder.glob(f".*{PART}"):
-        part.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def prepare_folder(folder: Path, recipe: Recipe) -> None:
@@ -173,11 +107,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def fingerprints(result: Mapping[str, Any]) -> dict[str, str]:
     """{split: fingerprint} of the clips that a record stands on."""
     return {split: one["fingerprint"] for split, one in result["data"].items() if isinstance(one, dict)}
-
-
-def without_passwords(text: str) -> str:
-    """The text with *** for the user and password that an address in it carries: for what is shown or kept."""
-    return re.sub(r"//[^/\s]*@", "//***@", text)
 
 
 def bad_clips_in_words(result: dict[str, Any]) -> str:

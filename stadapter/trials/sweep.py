@@ -1,6 +1,6 @@
 """Arms, trials and their place in the output folder.
 
-<output>/trials/<trial id>/     one run folder per trial (see stadapter.record), shared by all sweeps
+<output>/trials/<trial id>/     one run folder per trial (see stadapter.trials.record), shared by all sweeps
 <output>/sweeps/<sweep name>/   the tables and the figure of one sweep
 """
 
@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stadapter import config, recipes, record
+from stadapter import config, recipes
 from stadapter.config import ConfigError, Recipe
+from stadapter.trials import files, record
+
+DEFAULT_OUTPUT = Path("runs")
+
+
+DEFAULT_STORE = "sqlite:///mlflow.db"
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def save_sweep(sweep: Sweep, output: Path) -> None:
         "arms": arms,
         "seeds": len(seeds),
     }
-    record.write_json(sweep.folder(output) / SWEEP, description)
+    files.write_json(sweep.folder(output) / SWEEP, description)
 
 
 def load_sweep(folder: Path) -> Sweep:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stadapter import record
+from stadapter.trials import files, record
 
 PREVIOUS = "checkpoint.previous.pt"
 _DIGEST_BYTES = hashlib.sha256().digest_size  # at the end of the file, behind what torch.save wrote
@@ -27,7 +27,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     content = buffer.getvalue()
     path = folder / record.CHECKPOINT
-    with record.written_whole(path, content + hashlib.sha256(content).digest()):
+    with files.written_whole(path, content + hashlib.sha256(content).digest()):
         if path.exists():
             os.replace(path, folder / PREVIOUS)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from stadapter import record
+from stadapter.trials import files
 
 HEARTBEAT_S = 15.0
 SILENT_S = 8 * HEARTBEAT_S  # without a heartbeat for so long, an owner on another machine counts as dead
@@ -78,7 +78,7 @@ def writing(folder: Path, command: str = "", *, wait: bool = False, locks: Path 
             if not wait:
                 raise
             time.sleep(POLL_S)
-    words = record.without_passwords(command or shlex.join(sys.argv))
+    words = files.without_passwords(command or shlex.join(sys.argv))
     me = Owner(
         socket.gethostname(),
         os.getpid(),
@@ -88,7 +88,7 @@ def writing(folder: Path, command: str = "", *, wait: bool = False, locks: Path 
     )
     ended = threading.Event()
     try:
-        record.write_json(path, asdict(me))
+        files.write_json(path, asdict(me))
         threading.Thread(target=_beat, args=(path, me, ended), daemon=True).start()
         yield
     finally:

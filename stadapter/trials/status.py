@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stadapter import record
-from stadapter.ablation import lock
-from stadapter.ablation.trial import FIGURE, SWEEP, Sweep, Trial
 from stadapter.config import ConfigError
+from stadapter.trials import files, lock, record
+from stadapter.trials.sweep import FIGURE, SWEEP, Sweep, Trial
 
 FAILURES = "failures.json"  # in a trial's folder: how often it failed, under which --max-failures, and why last
 STATES = ("done", "running", "failed", "resumable", "to do")
@@ -86,7 +85,7 @@ def count_failure(folder: Path, allowed: int, why: str) -> Failures:
     before = read_failures(folder)
     failures = Failures((before.count if before.allowed == allowed else 0) + 1, allowed, why)
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_json(folder / FAILURES, failures.__dict__)
+    files.write_json(folder / FAILURES, failures.__dict__)
     return failures
 
 
@@ -139,13 +138,13 @@ def keep_tables(before: Sweep, now: Sweep, output: Path) -> Path | None:
     """Copy the tables of a sweep aside if the next ones lack trials of theirs; returns where they are then."""
     left_out = {trial.id for trial in before.trials} - {trial.id for trial in now.trials}
     folder = now.folder(output)
-    files = [folder / name for name in (SWEEP, FIGURE, *TABLES) if (folder / name).exists()]
-    if not left_out or len(files) < 2:
+    tables = [folder / name for name in (SWEEP, FIGURE, *TABLES) if (folder / name).exists()]
+    if not left_out or len(tables) < 2:
         return None
     kept = _free_name(output, folder.name)
     kept.mkdir(parents=True)
-    for file in files:
-        record.write_atomically(kept / file.name, file.read_bytes())
+    for file in tables:
+        files.write_atomically(kept / file.name, file.read_bytes())
     return kept
 
 
