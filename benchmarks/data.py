@@ -30,14 +30,14 @@ from torch import Tensor
 from benchmarks import plain
 from stadapter import machine, recipes
 from stadapter.config import ConfigError, DataConfig, Resize
-from stadapter.data.cache import ClipCache, decode_settings
-from stadapter.data.cliplist import ClipList
+from stadapter.data.cache.frames import ClipCache, decode_settings
+from stadapter.data.cache.quota import GB
 from stadapter.data.clips import ClipDataset
-from stadapter.data.decoding import Backend, check_backend, decode
-from stadapter.data.reading import Reading
-from stadapter.data.room import GB
+from stadapter.data.lists.clip_list import ClipList
+from stadapter.data.reader import Reading
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
+from stadapter.data.video.decoding import Backend, check_backend, decode
 
 KINETICS = dataclasses.replace(recipes.get("kinetics400_clip_b16").data, num_classes=400)
 SSV2 = recipes.get("ssv2_clip_b16").data

@@ -21,9 +21,9 @@ import av
 import numpy as np
 
 from stadapter.config import ConfigError
-from stadapter.data.cache import ClipCache, decode_settings
-from stadapter.data.decoding import ClipError, check_backend, decode
-from stadapter.data.room import GB
+from stadapter.data.cache.frames import ClipCache, decode_settings
+from stadapter.data.cache.quota import GB
+from stadapter.data.video.decoding import ClipError, check_backend, decode
 
 WAYS = ("pyav", "decord", "torchcodec", "cache")
 _FILES, _SAMPLES = 16, 20

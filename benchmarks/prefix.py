@@ -35,8 +35,8 @@ from benchmarks.model_reference import PlainClassifier
 from benchmarks.step import gemms
 from stadapter import config, machine, recipes
 from stadapter.config import Recipe
-from stadapter.data.cliplist import ClipList
 from stadapter.data.clips import ClipDataset, train_loader
+from stadapter.data.lists.clip_list import ClipList
 from stadapter.model import VideoClassifier, build_model, trainable_parameters
 from stadapter.optim import make_optimizer
 from stadapter.prefix import Prefix, open_prefix

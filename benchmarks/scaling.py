@@ -43,7 +43,7 @@ from stadapter.ablation.plan import Work, operations, rate_of
 from stadapter.config import Recipe
 from stadapter.cost import cost_of
 from stadapter.data.bad_clips import BadClips
-from stadapter.data.reading import Reading
+from stadapter.data.reader import Reading
 from stadapter.running import Clock, Run, World
 from stadapter.train import Operation, _make_learner, _train_epoch
 

@@ -27,8 +27,8 @@ from typing import Any
 from stadapter import config, recipes
 from stadapter.ablation import table
 from stadapter.config import Recipe
-from stadapter.data.annotations import load_clips
-from stadapter.data.embedded import MOTION_CLASSES, render_clip, write_mp4
+from stadapter.data.lists.embedded import MOTION_CLASSES, render_clip, write_mp4
+from stadapter.data.lists.formats import load_clips
 from stadapter.trials import record, status
 from stadapter.trials.sweep import Arm, Sweep, make_sweep, records, save_sweep
 

@@ -22,7 +22,7 @@ from stadapter.commands import Commands, add_parser
 from stadapter.config import ConfigError, Recipe
 from stadapter.data import __main__ as data
 from stadapter.data.flags import add_reading_flags, reading_flags
-from stadapter.data.storage import data_root
+from stadapter.data.lists.storage import data_root
 from stadapter.speed_flags import add_speed_flags, speed_flags
 from stadapter.trials.files import WriteError
 from stadapter.trials.record import DEFAULT_CHECKPOINT_EVERY_S, bad_clips_in_words

@@ -14,7 +14,7 @@ from typing import Any
 from stadapter import config, recipes
 from stadapter.config import ConfigError
 from stadapter.data.flags import add_reading_flags, reading_flags
-from stadapter.data.storage import data_root
+from stadapter.data.lists.storage import data_root
 
 Commands = Any  # argparse's subparsers, whose class has no public name
 MODEL = "a run folder, a trained.safetensors, or a file made by `convert` or stadapter.save"
@@ -173,8 +173,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from stadapter import inference
-    from stadapter.data.annotations import load_clips
     from stadapter.data.bad_clips import BadClipsError
+    from stadapter.data.lists.formats import load_clips
     from stadapter.train import Operation, join_world
 
     operation = Operation(
@@ -268,7 +268,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from stadapter import convert
-    from stadapter.data.annotations import load_clips
+    from stadapter.data.lists.formats import load_clips
     from stadapter.trials import record
 
     _check_output(options.output, ".safetensors", ".pth")

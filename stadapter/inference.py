@@ -14,9 +14,9 @@ import torch
 
 from stadapter import config, machine, saved
 from stadapter.config import ConfigError, Precision, Recipe
-from stadapter.data.annotations import ClipList, load_clips
 from stadapter.data.bad_clips import BadClips
 from stadapter.data.clips import test_loader
+from stadapter.data.lists.formats import ClipList, load_clips
 from stadapter.evaluate import evaluate
 from stadapter.model import VideoClassifier, cast_frozen
 from stadapter.running import World

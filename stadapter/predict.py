@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stadapter.config import ConfigError, DataConfig, Recipe
-from stadapter.data.annotations import VIDEO_SUFFIXES, ClipList
 from stadapter.data.clips import test_loader
+from stadapter.data.lists.formats import VIDEO_SUFFIXES, ClipList
 from stadapter.evaluate import mean_probability
 from stadapter.inference import CLIPS_PER_PASS, put_on
 from stadapter.model import VideoClassifier

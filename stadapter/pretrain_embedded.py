@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, seed_weights
-from stadapter.data import embedded
+from stadapter.data.lists import embedded
 
 MEAN, STD = 0.5, 0.5  # of pixels in [0, 1], every channel
 BATCH, PEAK_LR, WARMUP_SHARE = 128, 2.5e-3, 0.05

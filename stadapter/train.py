@@ -31,14 +31,15 @@ from torch.nn.parallel import DistributedDataParallel
 from stadapter import machine, saved
 from stadapter.config import ConfigError, DataConfig, Recipe, flatten, identity
 from stadapter.cost import cost_of
-from stadapter.data.annotations import ClipList, load_clips
 from stadapter.data.bad_clips import BadClips
-from stadapter.data.cache import open_cache
+from stadapter.data.cache.frames import open_cache
+from stadapter.data.cache.tokens import Rows
 from stadapter.data.clips import ClipDataset, Elsewhere, steps_per_epoch, test_loader, train_loader
-from stadapter.data.decoding import Backend
-from stadapter.data.flags import DEFAULT_MAX_BAD_SHARE, DEFAULT_TIME_LIMIT_S
-from stadapter.data.reading import Reading
-from stadapter.data.storage import DEFAULT_SPILL_GB, default_spill
+from stadapter.data.flags import DEFAULT_MAX_BAD_SHARE
+from stadapter.data.lists.formats import ClipList, load_clips
+from stadapter.data.lists.storage import DEFAULT_SPILL_GB, default_spill
+from stadapter.data.reader import DEFAULT_TIME_LIMIT_S, Reading
+from stadapter.data.video.decoding import Backend
 from stadapter.evaluate import evaluate
 from stadapter.model import (
     build_model,
@@ -46,7 +47,7 @@ from stadapter.model import (
     trainable_parameters,
 )
 from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
-from stadapter.prefix import Rows, kept_splits, open_prefix
+from stadapter.prefix import kept_splits, open_prefix
 from stadapter.running import Clock, Learner, Run, World
 from stadapter.trials import files, provenance, record
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from stadapter.config import ConfigError, DataConfig
-from stadapter.data import embedded
-from stadapter.data.annotations import ClipList, Split, load_clips
-from stadapter.data.cliplist import split_segment
+from stadapter.data.lists import embedded
+from stadapter.data.lists.clip_list import split_segment
+from stadapter.data.lists.formats import ClipList, Split, load_clips
 
 TEMPLATES = ["Holding [something] next to [something]", "Approaching [something]", "Closing [something]"]
 

@@ -20,14 +20,14 @@ from videos import scene, write_grey, write_video
 
 from stadapter import config
 from stadapter.config import DataConfig, Recipe
-from stadapter.data import apart
-from stadapter.data import reading as reading_module
-from stadapter.data.annotations import ClipList
+from stadapter.data import reader as reading_module
 from stadapter.data.bad_clips import BadClips, BadClipsError
 from stadapter.data.clips import ClipDataset, train_loader
-from stadapter.data.decoding import ClipError, decode
-from stadapter.data.reading import Reading, read_frames
-from stadapter.data.storage import Spill
+from stadapter.data.lists.formats import ClipList
+from stadapter.data.lists.storage import Spill
+from stadapter.data.reader import Reading, read_frames
+from stadapter.data.video import decoder_process
+from stadapter.data.video.decoding import ClipError, decode
 from stadapter.train import Operation, train
 from stadapter.trials import record
 
@@ -242,9 +242,9 @@ def crashing_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     (tmp_path / "fake" / "decord.py").write_text(CRASHING_DECORD)
     monkeypatch.syspath_prepend(tmp_path / "fake")
     monkeypatch.setattr(reading_module, "_given_up", {})
-    apart.stop()
+    decoder_process.stop()
     yield
-    apart.stop()
+    decoder_process.stop()
 
 
 def test_a_decoder_that_crashes_or_hangs_costs_its_clip_only(one_clip: ClipList, crashing_decord: None) -> None:
@@ -258,13 +258,13 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_clip_only(one_clip: ClipList,
 @pytest.mark.parametrize("indices", [[3, 0], lambda total: [total - 1]])
 def test_frames_decoded_apart_are_the_same(one_clip: ClipList, tmp_path: Path, indices: Any) -> None:
     path = tmp_path / "a.mp4"
-    assert np.array_equal(apart.decode_apart(path, indices, backend="pyav"), decode(path, indices))
+    assert np.array_equal(decoder_process.decode_apart(path, indices, backend="pyav"), decode(path, indices))
 
 
 def test_an_error_apart_is_the_same_clip_error(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     with pytest.raises(ClipError, match=r"empty.mp4: the file is empty"):
-        apart.decode_apart(tmp_path / "empty.mp4", [0], backend="decord")
+        decoder_process.decode_apart(tmp_path / "empty.mp4", [0], backend="decord")
 
 
 # --- segments of long videos

@@ -17,13 +17,13 @@ from stadapter.ablation.gpus import GPUS
 from stadapter.ablation.plan import UTILISATION, Work, operations
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.cost import cost_of
-from stadapter.data.annotations import ClipList
-from stadapter.data.cache import ClipCache
+from stadapter.data.cache.frames import ClipCache
+from stadapter.data.cache.quota import GB
 from stadapter.data.clips import ClipDataset
-from stadapter.data.decoding import check_backend, decode
-from stadapter.data.room import GB
+from stadapter.data.lists.formats import ClipList
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
+from stadapter.data.video.decoding import check_backend, decode
 from stadapter.running import World
 
 

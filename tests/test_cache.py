@@ -18,17 +18,18 @@ import torch
 from videos import decode_all, scene, write_video
 
 from stadapter.config import ConfigError, DataConfig, Recipe, replace
-from stadapter.data import decoding, storage
-from stadapter.data.annotations import ClipList
-from stadapter.data.cache import ClipCache, decode_settings, open_cache
+from stadapter.data.cache.disk_need import DiskNeed, describe, disk_need
+from stadapter.data.cache.frames import ClipCache, decode_settings, open_cache
+from stadapter.data.cache.quota import BLOCK, GB, disk_bytes
 from stadapter.data.clips import ClipDataset, train_loader
-from stadapter.data.decoding import ClipError, decode
-from stadapter.data.disk_need import DiskNeed, describe, disk_need
 from stadapter.data.flags import add_reading_flags, reading_flags
-from stadapter.data.packets import Indices, PathLike
-from stadapter.data.reading import Reading, read_frames
-from stadapter.data.room import BLOCK, GB, disk_bytes
-from stadapter.data.storage import Spill
+from stadapter.data.lists import storage
+from stadapter.data.lists.formats import ClipList
+from stadapter.data.lists.storage import Spill
+from stadapter.data.reader import Reading, read_frames
+from stadapter.data.video import decoding
+from stadapter.data.video.decoding import ClipError, decode
+from stadapter.data.video.packets import Indices, PathLike
 from stadapter.train import Operation, train
 
 FRAMES = 20
@@ -230,7 +231,7 @@ WRITE_FOR_EVER = """
 import sys
 from pathlib import Path
 import numpy as np
-from stadapter.data.cache import ClipCache
+from stadapter.data.cache.frames import ClipCache
 cache = ClipCache("/data", 10**9, "", Path(sys.argv[1]))
 big = np.random.default_rng(0).integers(0, 256, (40, 240, 320, 3), np.uint8)
 decode = lambda path, indices: big[indices(40) if callable(indices) else indices]
@@ -272,8 +273,8 @@ READ_AT_RANDOM = """
 import sys
 from pathlib import Path
 import numpy as np
-from stadapter.data.cache import ClipCache
-from stadapter.data.decoding import decode
+from stadapter.data.cache.frames import ClipCache
+from stadapter.data.video.decoding import decode
 video, seed = Path(sys.argv[1]), int(sys.argv[3])
 cache = ClipCache(video.parent, 10**9, "", Path(sys.argv[2]))
 expected = decode(video, lambda total: range(total))

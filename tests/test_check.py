@@ -14,8 +14,8 @@ from videos import write_grey
 from stadapter.config import DataConfig
 from stadapter.data import check
 from stadapter.data.__main__ import main
-from stadapter.data.annotations import ClipList, load_clips
-from stadapter.data.reading import Reading
+from stadapter.data.lists.formats import ClipList, load_clips
+from stadapter.data.reader import Reading
 
 FOUND = {
     ("val", "val/empty.mp4"): "unreadable",

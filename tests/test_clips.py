@@ -11,11 +11,11 @@ from videos import write_grey
 
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data import clips as clips_module
-from stadapter.data import reading as reading_module
-from stadapter.data.annotations import ClipList
+from stadapter.data import reader as reading_module
 from stadapter.data.clips import ClipDataset, GlobalBatches, epoch_order, steps_per_epoch, train_loader
-from stadapter.data.decoding import ClipError
-from stadapter.data.reading import Reading
+from stadapter.data.lists.formats import ClipList
+from stadapter.data.reader import Reading
+from stadapter.data.video.decoding import ClipError
 
 COUNT, GLOBAL, SEED = 11, 4, 5
 STEP = 16  # of grey from one frame to the next

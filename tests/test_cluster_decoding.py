@@ -15,9 +15,9 @@ from videos import write_grey
 from stadapter.ablation import sweep
 from stadapter.ablation.cluster_decoding import decode_on_cluster
 from stadapter.config import ConfigError, DataConfig, Recipe
-from stadapter.data.annotations import ClipList
 from stadapter.data.clips import ClipDataset, test_loader, train_loader
-from stadapter.data.decoding import ClipError
+from stadapter.data.lists.formats import ClipList
+from stadapter.data.video.decoding import ClipError
 from stadapter.train import Operation, train
 
 COUNT, GLOBAL = 9, 4

@@ -11,8 +11,8 @@ import pytest
 from videos import PYRAMID, decode_all, scene, write_video
 
 from stadapter.config import ConfigError
-from stadapter.data import decoding
-from stadapter.data.decoding import Backend, ClipError, check_backend, count_frames, decode, frame_size
+from stadapter.data.video import decoding
+from stadapter.data.video.decoding import Backend, ClipError, check_backend, count_frames, decode, frame_size
 
 
 def _why_no_torchcodec() -> str:
@@ -231,5 +231,6 @@ def test_a_backend_that_is_not_installed_is_a_config_error(monkeypatch: pytest.M
 
 
 def test_importing_the_module_loads_no_decoder() -> None:
-    code = "import sys, stadapter.data.annotations, stadapter.data.decoding; print({'av', 'decord'} & {*sys.modules})"
+    modules = "sys, stadapter.data.lists.formats, stadapter.data.video.decoding"
+    code = f"import {modules}; print({{'av', 'decord'}} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

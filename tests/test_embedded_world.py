@@ -12,7 +12,7 @@ import pytest
 
 from stadapter.backbone.load import EMBEDDED_WEIGHTS
 from stadapter.config import RESULTS_VERSION, ConfigError
-from stadapter.data import embedded
+from stadapter.data.lists import embedded
 
 FEW = {"train": 12, "val": 4, "test": 4}
 

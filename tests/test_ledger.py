@@ -264,7 +264,7 @@ def test_a_finished_sweep_of_60_trials_is_answered_without_torch_or_ray(tmp_path
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally:\n    assert 'ray' not in sys.modules and 'torch' not in sys.modules, 'heavy'\n"
     )
-    from stadapter.data.annotations import load_clips
+    from stadapter.data.lists.formats import load_clips
 
     for trial in sweep.trials:  # made up, but for the clips: those are checked
         path = trial.folder(tmp_path) / record.RESULT

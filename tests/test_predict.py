@@ -14,8 +14,8 @@ import torch
 from stadapter import config, recipes
 from stadapter.__main__ import main
 from stadapter.config import ConfigError
-from stadapter.data.annotations import load_clips
 from stadapter.data.clips import ClipDataset
+from stadapter.data.lists.formats import load_clips
 from stadapter.inference import open_trained, test
 from stadapter.predict import find_videos, predict, top_classes
 from stadapter.train import Operation

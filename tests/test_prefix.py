@@ -20,13 +20,14 @@ from stadapter.ablation.plan import rate_of
 from stadapter.ablation.table import make_rows, notes
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data import clips as clips_module
-from stadapter.data.annotations import load_clips
-from stadapter.data.cliplist import Split
+from stadapter.data.cache.quota import Room
+from stadapter.data.cache.tokens import Rows
 from stadapter.data.flags import add_reading_flags, reading_flags
-from stadapter.data.room import Room
+from stadapter.data.lists.clip_list import Split
+from stadapter.data.lists.formats import load_clips
 from stadapter.machine import cpu_name
 from stadapter.model import build_model
-from stadapter.prefix import FIXED, PIXELS, Prefix, Rows, check_pixels, describe, open_prefix, tokens_shape
+from stadapter.prefix import FIXED, PIXELS, Prefix, check_pixels, describe, open_prefix, tokens_shape
 from stadapter.running import Stopped
 from stadapter.train import Operation, train
 from stadapter.trials import record

@@ -13,11 +13,11 @@ from videos import write_grey
 
 from stadapter import config
 from stadapter.config import DataConfig, Recipe
-from stadapter.data import storage
-from stadapter.data.annotations import load_clips
 from stadapter.data.clips import ClipDataset
-from stadapter.data.reading import Reading
-from stadapter.data.storage import Spill, local_copy
+from stadapter.data.lists import storage
+from stadapter.data.lists.formats import load_clips
+from stadapter.data.lists.storage import Spill, local_copy
+from stadapter.data.reader import Reading
 from stadapter.train import Operation, train
 
 

@@ -29,8 +29,8 @@ from stadapter.trials.sweep import SWEEP, Arm, Sweep, Trial, load_sweep, make_sw
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
-    from stadapter.data.cliplist import ClipList
     from stadapter.data.clips import Elsewhere
+    from stadapter.data.lists.clip_list import ClipList
     from stadapter.train import Operation
 
 
@@ -230,7 +230,7 @@ def _estimate(
 
 
 def _clips(sweep: Sweep, root: str | Path | None, splits: Sequence[str]) -> dict[str, ClipList]:
-    from stadapter.data.annotations import load_clips
+    from stadapter.data.lists.formats import load_clips
 
     return {split: load_clips(sweep.recipe.data, root, split) for split in splits}  # type: ignore[arg-type]  # Split
 
@@ -315,7 +315,7 @@ def _notes(sweep: Sweep, dead: dict[str, int], clips: dict[str, ClipList], optio
             )
             print(f"      receive a gradient; its {count:,} parameters are neither trained nor counted as trainable")
     if options.cache_gb:
-        from stadapter.data.disk_need import describe, disk_need
+        from stadapter.data.cache.disk_need import describe, disk_need
 
         recipe = _recipe(options)
         need = disk_need(clips, recipe.data, recipe.optim.epochs, options.seeds)

@@ -11,7 +11,7 @@ from stadapter import config, recipes
 from stadapter.ablation.gpus import GPUS
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.flags import add_reading_flags
-from stadapter.data.storage import data_root
+from stadapter.data.lists.storage import data_root
 from stadapter.speed_flags import add_speed_flags
 from stadapter.trials.record import DEFAULT_CHECKPOINT_EVERY_S
 from stadapter.trials.sweep import DEFAULT_OUTPUT, DEFAULT_STORE

@@ -19,7 +19,7 @@ import yaml
 
 from stadapter.ablation.submission import COMMIT, Job, check_printable
 from stadapter.config import ConfigError
-from stadapter.data.storage import is_remote
+from stadapter.data.lists.storage import is_remote
 from stadapter.trials import files
 
 SHARED_PATHS = False

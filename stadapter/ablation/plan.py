@@ -29,7 +29,7 @@ from stadapter.ablation.flags import GPU_CLIPS_PER_PASS, check_gpu_flags
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS, gpu_named
 from stadapter.config import ConfigError, Recipe
 from stadapter.cost import Cost, cost_of, meta_model
-from stadapter.data.annotations import load_clips
+from stadapter.data.lists.formats import load_clips
 from stadapter.prefix import check_pixels
 from stadapter.trials import record
 from stadapter.trials.status import Entry

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stadapter.config import ConfigError
-from stadapter.data.storage import is_remote
+from stadapter.data.lists.storage import is_remote
 from stadapter.trials import files
 from stadapter.trials.sweep import DEFAULT_OUTPUT
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from stadapter import config, recipes
 from stadapter.ablation.flags import GPU_CLIPS_PER_PASS
 from stadapter.config import ConfigError, Recipe, Strategy
-from stadapter.data.storage import data_root
+from stadapter.data.lists.storage import data_root
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Trial
 
@@ -155,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Search, print and save the best settings. 0: found; 1: no trial finished."""
-    from stadapter.data.annotations import load_clips
+    from stadapter.data.lists.formats import load_clips
 
     if options.trials < 1:
         raise ConfigError(f"--trials {options.trials}: must be at least 1")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stadapter.config import ConfigError
-from stadapter.data.flags import DEFAULT_TIME_LIMIT_S
-from stadapter.data.storage import data_root
+from stadapter.data.lists.storage import data_root
+from stadapter.data.reader import DEFAULT_TIME_LIMIT_S
 
 DEFAULT_MIN_FRAMES = 8  # what a recipe looks at: a shorter clip repeats frames
 
@@ -71,8 +71,8 @@ def _check(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from stadapter.data import check
-    from stadapter.data.annotations import load_clips
-    from stadapter.data.reading import Reading
+    from stadapter.data.lists.formats import load_clips
+    from stadapter.data.reader import Reading
 
     for name, least in {"workers": 1, "min_frames": 1, "num_classes": 1}.items():
         value = getattr(options, name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from stadapter.data.packets import ClipError
+from stadapter.data.video.packets import ClipError
 
 _NAMED = 10  # in a record
 

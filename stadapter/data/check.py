@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stadapter.config import ConfigError, DataConfig
-from stadapter.data import storage
-from stadapter.data.cliplist import ClipList, split_segment
-from stadapter.data.decoding import ClipError
-from stadapter.data.reading import Reading, read_frames
+from stadapter.data.lists import storage
+from stadapter.data.lists.clip_list import ClipList, split_segment
+from stadapter.data.reader import Reading, read_frames
 from stadapter.data.sampling import uniform_indices
+from stadapter.data.video.decoding import ClipError
 from stadapter.trials import files
 
 PROBLEMS = ("missing", "unreadable", "too_short", "duplicate")

@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from stadapter.config import ConfigError, DataConfig
-from stadapter.data import storage
-from stadapter.data.annotations import ClipList
-from stadapter.data.decoding import ClipError
-from stadapter.data.reading import Reading, Sampling, read_frames
+from stadapter.data.lists import storage
+from stadapter.data.lists.formats import ClipList
+from stadapter.data.reader import Reading, Sampling, read_frames
 from stadapter.data.sampling import dense_indices, uniform_indices
 from stadapter.data.transforms import check_transforms, pixel_dtype, test_views, train_pixels
+from stadapter.data.video.decoding import ClipError
 
 if TYPE_CHECKING:
-    from stadapter.prefix import Rows  # above this room: handed down
+    from stadapter.data.cache.tokens import Rows  # above this room: handed down
 
 TrainKey = tuple[int, int, int]  # showing (epoch * repeats + repeat), index of the clip, position in the global batch
 
@@ -51,9 +51,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
     it, with its own label; in testing its pixels are zeros, and it must be counted as wrong. `reason` then has a line
     "index<tab>path: why" for each clip that could not be read, and is empty otherwise.
 
-    With `rows` (`stadapter.prefix.Rows`), a clip whose row is there has tokens [T, S, D] in place of pixels, and is not
-    read. Of the others, `row` int64 [] is where the tokens of these pixels belong, with the `stamp` int64 [] that the
-    file had before it was read, or -1 if they must not be kept.
+    With `rows` (`stadapter.data.cache.tokens.Rows`), a clip whose row is there has tokens [T, S, D] in place of pixels,
+    and is not read. Of the others, `row` int64 [] is where the tokens of these pixels belong, with the `stamp` int64 []
+    that the file had before it was read, or -1 if they must not be kept.
     """
 
     def __init__(

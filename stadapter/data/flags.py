@@ -7,11 +7,11 @@ import math
 from typing import Any, get_args
 
 from stadapter.config import ConfigError
-from stadapter.data.decoding import Backend, check_backend
-from stadapter.data.storage import DEFAULT_SPILL_GB
+from stadapter.data.lists.storage import DEFAULT_SPILL_GB
+from stadapter.data.reader import DEFAULT_TIME_LIMIT_S
+from stadapter.data.video.decoding import Backend, check_backend
 
 DEFAULT_MAX_BAD_SHARE = 0.05
-DEFAULT_TIME_LIMIT_S = 60.0
 
 
 def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stadapter.config import ConfigError, DataConfig
-from stadapter.data import storage
-from stadapter.data.cliplist import (
+from stadapter.data.lists import storage
+from stadapter.data.lists.clip_list import (
     ClipList,
     Label,
     Split,
@@ -32,8 +32,8 @@ from stadapter.data.cliplist import (
     forward_clips,
     read_csv,
 )
-from stadapter.data.published import load_epic, load_kinetics, load_ssv2
-from stadapter.data.storage import Root
+from stadapter.data.lists.public_datasets import load_epic, load_kinetics, load_ssv2
+from stadapter.data.lists.storage import Root
 
 __all__ = ["VIDEO_SUFFIXES", "ClipList", "Split", "load_clips"]
 
@@ -88,7 +88,7 @@ def _contents(dataset: str) -> str:
 def _load_embedded(config: DataConfig, data_root: Root | None, split: Split) -> ClipList:
     """Motion: outside training every clip is followed by its exact reversal, labelled with the pair's other class, so
     that a model blind to the order of frames gets exactly half of the directions right."""
-    from stadapter.data import embedded
+    from stadapter.data.lists import embedded
 
     root = embedded.ensure_world(None if data_root is None else Path(data_root))
     motion = config.dataset == "embedded_motion"

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from stadapter.config import DataConfig
-from stadapter.data import storage
-from stadapter.data.cache import default_folder
-from stadapter.data.cliplist import ClipList, split_segment
-from stadapter.data.decoding import ClipError, count_frames, frame_size, reduced_size
-from stadapter.data.room import BLOCK, GB
+from stadapter.data.cache.frames import default_folder
+from stadapter.data.cache.quota import BLOCK, GB
+from stadapter.data.lists import storage
+from stadapter.data.lists.clip_list import ClipList, split_segment
+from stadapter.data.video.decoding import ClipError, count_frames, frame_size, reduced_size
 
 _LOOKED_AT = 16  # clips per list
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from stadapter.config import ConfigError, DataConfig
-from stadapter.data import storage
-from stadapter.data.cliplist import (
+from stadapter.data.lists import storage
+from stadapter.data.lists.clip_list import (
     ClipList,
     Label,
     Split,
@@ -19,7 +19,7 @@ from stadapter.data.cliplist import (
     read_csv,
     segment,
 )
-from stadapter.data.storage import Root
+from stadapter.data.lists.storage import Root
 
 _SSV2_FOLDERS = ("videos", "20bn-something-something-v2")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stadapter.config import ConfigError, DataConfig
-from stadapter.data import storage
-from stadapter.data.storage import Root
+from stadapter.data.lists import storage
+from stadapter.data.lists.storage import Root
 
 Split = Literal["train", "val", "test"]
 Label = int | tuple[int, ...]  # one per head: (verb, noun) with data.label_groups

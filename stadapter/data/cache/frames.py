@@ -31,9 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stadapter.data.packets import Indices, PathLike, resolve_indices
-from stadapter.data.room import BLOCK, GB, Room, cache_folder
-from stadapter.data.storage import data_root, is_remote
+from stadapter.data.cache.quota import BLOCK, GB, Room, cache_folder
+from stadapter.data.lists.storage import data_root, is_remote
+from stadapter.data.video.packets import Indices, PathLike, resolve_indices
 
 Decode = Callable[[PathLike, Indices], np.ndarray]
 

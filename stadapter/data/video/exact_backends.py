@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stadapter.config import ConfigError
-from stadapter.data.packets import (
+from stadapter.data.video.packets import (
     ClipError,
     Indices,
     PathLike,

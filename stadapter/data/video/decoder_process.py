@@ -1,6 +1,6 @@
 """Decoding in a process of its own, for a library that crashes on some files: the clip is lost, and not the training.
 
-    parent                              child (python -m stadapter.data.apart FD)
+    parent                              child (python -m stadapter.data.video.decoder_process FD)
     path, backend, short_side    ->
                                  <-     ("total", number of frames)    where the request is a function of it
     indices                      ->
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from stadapter.data.decoding import Backend, ClipError, decode
-from stadapter.data.packets import Indices, PathLike
+from stadapter.data.video.decoding import Backend, ClipError, decode
+from stadapter.data.video.packets import Indices, PathLike
 
 _child: tuple[subprocess.Popen[bytes], Any] | None = None  # the process, and this end of the socket to it
 
@@ -65,7 +65,7 @@ def _start() -> Any:
     global _child
     if _child is None:
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "stadapter.data.apart", str(theirs.fileno())]
+        command = [sys.executable, "-m", "stadapter.data.video.decoder_process", str(theirs.fileno())]
         # The package may be where only this process looks for it, as on a Ray worker.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)

@@ -14,8 +14,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from stadapter.config import ConfigError
-from stadapter.data import backends
-from stadapter.data.packets import ClipError, Indices, Packets, PathLike, open_video, read_packets, resolve_indices
+from stadapter.data.video import exact_backends
+from stadapter.data.video.packets import (
+    ClipError,
+    Indices,
+    Packets,
+    PathLike,
+    open_video,
+    read_packets,
+    resolve_indices,
+)
 
 __all__ = ["Backend", "ClipError", "check_backend", "count_frames", "decode", "frame_size", "reduced_size"]
 
@@ -26,8 +34,8 @@ def check_backend(backend: str) -> None:
     """ConfigError for a back end that is unknown, not installed or does not start on this machine."""
     if backend not in get_args(Backend):
         raise ConfigError(f"--decoder {backend}: must be one of {', '.join(get_args(Backend))}")
-    if backend in backends.LIBRARIES:
-        backends.load(backend)
+    if backend in exact_backends.LIBRARIES:
+        exact_backends.load(backend)
 
 
 def decode(path: PathLike, indices: Indices, *, backend: Backend = "auto", short_side: int | None = None) -> np.ndarray:
@@ -42,8 +50,8 @@ def decode(path: PathLike, indices: Indices, *, backend: Backend = "auto", short
     if callable(indices):
         # A request that draws random numbers is made once, whichever readers it takes to answer it.
         indices = functools.cache(indices)
-    if backend in backends.LIBRARIES and short_side is None:
-        frames = backends.decode_where_exact(path, indices, backend)
+    if backend in exact_backends.LIBRARIES and short_side is None:
+        frames = exact_backends.decode_where_exact(path, indices, backend)
         if frames is not None:
             return frames
     return _decode_pyav(path, indices, short_side)

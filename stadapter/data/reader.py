@@ -14,14 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stadapter.data import storage
-from stadapter.data.apart import decode_apart, stop
-from stadapter.data.cache import ClipCache, Decode
-from stadapter.data.cliplist import split_segment
-from stadapter.data.decoding import Backend, ClipError, decode
-from stadapter.data.flags import DEFAULT_TIME_LIMIT_S
-from stadapter.data.packets import Indices, PathLike
-from stadapter.data.storage import Spill
+from stadapter.data.cache.frames import ClipCache, Decode
+from stadapter.data.lists import storage
+from stadapter.data.lists.clip_list import split_segment
+from stadapter.data.lists.storage import Spill
+from stadapter.data.video.decoder_process import decode_apart, stop
+from stadapter.data.video.decoding import Backend, ClipError, decode
+from stadapter.data.video.packets import Indices, PathLike
+
+DEFAULT_TIME_LIMIT_S = 60.0
+
 
 Sampling = Callable[[int], Sequence[int]]  # number of frames -> indices
 
