@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stadapter.backbone.vit import VitShape
-from stadapter.model import VideoClassifier
+from stadapter.model.classifier import VideoClassifier
 
 
 class PlainAdapter(nn.Module):

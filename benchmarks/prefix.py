@@ -37,7 +37,9 @@ from stadapter import config, machine, recipes
 from stadapter.config import Recipe
 from stadapter.data.clips import ClipDataset, train_loader
 from stadapter.data.lists.clip_list import ClipList
-from stadapter.model import VideoClassifier, build_model, trainable_parameters
+from stadapter.model.build import build_model
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.state import trainable_parameters
 from stadapter.optim import make_optimizer
 from stadapter.prefix import Prefix, open_prefix
 

@@ -41,9 +41,9 @@ from stadapter import config, machine, recipes
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS
 from stadapter.ablation.plan import Work, operations, rate_of
 from stadapter.config import Recipe
-from stadapter.cost import cost_of
 from stadapter.data.bad_clips import BadClips
 from stadapter.data.reader import Reading
+from stadapter.model.cost import cost_of
 from stadapter.running import Clock, Run, World
 from stadapter.train import Operation, _make_learner, _train_epoch
 

@@ -33,12 +33,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.model_reference import PlainAdapter, PlainClassifier
 from stadapter import machine, recipes
-from stadapter.adapter import STAdapter
 from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, VitShape, seed_weights
 from stadapter.config import AdapterConfig
-from stadapter.model import VideoClassifier, cast_frozen, trainable_parameters
+from stadapter.model.adapter import STAdapter
+from stadapter.model.build import cast_frozen
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.state import trainable_parameters
+from stadapter.model.strategies import freeze
 from stadapter.optim import make_optimizer
-from stadapter.strategies import freeze
 from stadapter.train import PRECISIONS
 
 CPU = torch.device("cpu")

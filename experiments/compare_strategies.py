@@ -2,9 +2,9 @@
 
 Every way to adapt a frozen image transformer to video, each with rates that suit it (`recipes.for_strategy`) and
 otherwise on the recipe's terms: same clips, same order, same epochs. What each one trains, and what was chosen where
-the paper leaves a choice, stands in `stadapter.strategies` and `stadapter.rivals`. `full_space_time` is the paper's
-full fine-tuning: divided space-time attention, told by its 121.57 M parameters. Beside it stand `full`, without
-temporal modules, and `full_st_adapter`, with ST-Adapters: what their frozen backbone costs them.
+the paper leaves a choice, stands in `stadapter.model.strategies` and `stadapter.model.baselines`. `full_space_time` is
+the paper's full fine-tuning: divided space-time attention, told by its 121.57 M parameters. Beside it stand `full`,
+without temporal modules, and `full_st_adapter`, with ST-Adapters: what their frozen backbone costs them.
 
 Expected: on motion, st_adapter far above all that look at single frames (linear_probe, prompt, partial, bitfit, lora,
 adapter, full: they cannot tell a clip from its reversal) at a few per cent of the parameters of full fine-tuning. On

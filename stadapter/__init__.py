@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from stadapter.version import __version__
 
 if TYPE_CHECKING:
-    from stadapter.adapter import STAdapter
-    from stadapter.attach import (
+    from stadapter.model.adapter import STAdapter
+    from stadapter.model.attach import (
         adapter_state,
         add_st_adapters,
         clips_of,
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         remove_st_adapters,
         set_num_frames,
     )
-    from stadapter.saved import load, load_into, save
+    from stadapter.model.model_file import load, load_into, save
 
 __all__ = [
     "STAdapter",
@@ -34,13 +34,13 @@ __all__ = [
     "set_num_frames",
 ]
 
-_MODULES = {"STAdapter": "adapter", "load": "saved", "load_into": "saved", "save": "saved"}
+_MODULES = {"STAdapter": "adapter", "load": "model_file", "load_into": "model_file", "save": "model_file"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'attach')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.model.{_MODULES.get(name, 'attach')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -145,7 +145,7 @@ class RivalConfig:
 class OwnCode:
     """An adapter or a model that is not in the package: a name in a Python file, and what that file says.
 
-    Where the file lies decides nothing and is not hashed; its content is. `stadapter.own` fills these in.
+    Where the file lies decides nothing and is not hashed; its content is. `stadapter.model.custom` fills these in.
     """
 
     file: str = ""
@@ -158,7 +158,7 @@ class OwnCode:
         if bool(self.file) != named or bool(self.sha256) != named:
             raise ConfigError(
                 f"own.file = {self.file!r}: own.file, own.sha256 and one of own.adapter and own.model belong together; "
-                "see stadapter.own"
+                "see stadapter.model.custom"
             )
 
 

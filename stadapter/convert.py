@@ -1,7 +1,7 @@
 """Checkpoints of the authors' published code, as files of this package and back.
 
     theirs, .pth             {"model": their names -> tensors}; what is frozen in half precision, or left out
-    ours, .safetensors       every weight in float32 under our names, and a recipe in the header (stadapter.saved)
+    ours, .safetensors       every weight in float32 under our names, and a recipe in the header
 
 Their training leaves out what it does not train, and loads CLIP's weights, rounded to half precision, in its place;
 so does reading such a file here. The shapes of the tensors give the recipe's fields about the model. They say nothing
@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stadapter import checkpoints, config, recipes, saved
+from stadapter import checkpoints, config, recipes
 from stadapter.backbone.load import describe_backbone, load_backbone
 from stadapter.backbone.state_dicts import read_tensors
 from stadapter.config import ConfigError, Recipe
-from stadapter.model import VideoClassifier
+from stadapter.model import model_file
+from stadapter.model.classifier import VideoClassifier
 from stadapter.trials import files
 
 _DATASETS = {174: "ssv2", 400: "kinetics400"}  # by number of classes
@@ -48,13 +49,13 @@ def from_authors(
         recipe = recipes.with_weights(recipe, weights_file)
         vit, _ = load_backbone(recipe.backbone, recipe.data.frame_size, weights_file=weights_file)
         state |= {f"vit.{name}": tensor.half().float() for name, tensor in vit.state_dict().items()}
-    return saved.build_complete(recipe, state, str(file)).eval(), recipe
+    return model_file.build_complete(recipe, state, str(file)).eval(), recipe
 
 
 def save_converted(file: str | Path, model: VideoClassifier, recipe: Recipe, class_names: Sequence[str] = ()) -> None:
     """Write all weights and the recipe, as `stadapter.load` reads them. record.WriteError."""
-    header = saved.Header(recipe, frozen_sha256=saved.frozen_digest(model), class_names=class_names)
-    saved.write(Path(file), model.state_dict(), header)
+    header = model_file.Header(recipe, frozen_sha256=model_file.frozen_digest(model), class_names=class_names)
+    model_file.write(Path(file), model.state_dict(), header)
 
 
 def recipe_of(state: Mapping[str, Tensor], base: Recipe | None, source: str) -> Recipe:
@@ -102,7 +103,7 @@ def to_authors(file: str | Path, output: str | Path, *, weights_file: Path | Non
     That is half precision, as in theirs, unless a weight would change by it: then float32. ConfigError for a model that
     their code does not have; record.WriteError.
     """
-    model, header = saved.load(file, weights_file=weights_file)
+    model, header = model_file.load(file, weights_file=weights_file)
     assert header.recipe is not None  # or load would have refused it
     _check_theirs(header.recipe, str(file))
     state = checkpoints.to_authors(model.state_dict())

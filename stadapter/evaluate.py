@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from stadapter.model import VideoClassifier
+from stadapter.model.classifier import VideoClassifier
 
 
 @torch.inference_mode()

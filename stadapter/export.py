@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.transforms import pixel_dtype
-from stadapter.model import VideoClassifier
+from stadapter.model.classifier import VideoClassifier
 from stadapter.trials import files
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from stadapter import config, machine, saved
+from stadapter import config, machine
 from stadapter.config import ConfigError, Precision, Recipe
 from stadapter.data.bad_clips import BadClips
 from stadapter.data.clips import test_loader
 from stadapter.data.lists.formats import ClipList, load_clips
 from stadapter.evaluate import evaluate
-from stadapter.model import VideoClassifier, cast_frozen
+from stadapter.model import model_file
+from stadapter.model.build import cast_frozen
+from stadapter.model.classifier import VideoClassifier
 from stadapter.running import World
 from stadapter.train import PRECISIONS, Operation, make_dataset
 from stadapter.trials import record
@@ -32,10 +34,10 @@ _FIXED = ("data.num_classes", "data.label_groups", "data.frame_size")
 
 def open_trained(
     path: str | Path, *, weights_file: Path | None = None, changes: dict[str, Any] | None = None
-) -> tuple[VideoClassifier, Recipe, saved.Header]:
-    """The model of a file of `stadapter.saved` or of a finished run folder, for inference on the CPU; the recipe with
-    `changes` by dotted path; and the file's header. ConfigError for a training that has not finished, for what
-    `saved.load` refuses, and for a change of what the weights decide.
+) -> tuple[VideoClassifier, Recipe, model_file.Header]:
+    """The model of a file of `stadapter.model.model_file` or of a finished run folder, for inference on the CPU; the
+    recipe with `changes` by dotted path; and the file's header. ConfigError for a training that has not finished, for
+    what `saved.load` refuses, and for a change of what the weights decide.
     """
     file = Path(path)
     if file.is_dir():
@@ -51,7 +53,7 @@ def open_trained(
             raise ConfigError(
                 f"--set {field}: was decided when {file} was trained; only data.* and precision can change"
             )
-    model, header = saved.load(file, weights_file=weights_file)
+    model, header = model_file.load(file, weights_file=weights_file)
     assert header.recipe is not None  # or load would have refused it
     return model, config.replace(header.recipe, **changes or {}), header
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stadapter.config import OptimConfig, derive_seed
-from stadapter.model import VideoClassifier, trainable_parameters
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.state import trainable_parameters
 
 
 def summed_loss(logits_BK: Tensor, label_B: Tensor, groups: tuple[int, int] | None, smoothing: float) -> Tensor:

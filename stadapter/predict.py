@@ -17,7 +17,7 @@ from stadapter.data.clips import test_loader
 from stadapter.data.lists.formats import VIDEO_SUFFIXES, ClipList
 from stadapter.evaluate import mean_probability
 from stadapter.inference import CLIPS_PER_PASS, put_on
-from stadapter.model import VideoClassifier
+from stadapter.model.classifier import VideoClassifier
 from stadapter.train import PRECISIONS, Operation, make_dataset
 
 

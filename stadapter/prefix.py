@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from stadapter.config import RESULTS_VERSION, ConfigError, DataConfig, Recipe
-from stadapter.cost import meta_model
 from stadapter.data.cache.frames import decode_settings
 from stadapter.data.cache.quota import GB, Room, cache_folder
 from stadapter.data.cache.tokens import _MAGIC, FLAG, Rows
 from stadapter.data.lists.clip_list import ClipList
-from stadapter.model import VideoClassifier
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.cost import meta_model
 from stadapter.version import __version__
 
 # Fields of `data` that change a clip's pixels from epoch to epoch, and the value at which they do not.

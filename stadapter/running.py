@@ -16,7 +16,8 @@ from torch import Tensor
 
 from stadapter.config import Recipe
 from stadapter.data.bad_clips import BadClips
-from stadapter.model import VideoClassifier, load_trainable_state, trainable_state
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.state import load_trainable_state, trainable_state
 from stadapter.prefix import Prefix
 from stadapter.trials import checkpoint, files, record
 

@@ -28,9 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stadapter import machine, saved
+from stadapter import machine
 from stadapter.config import ConfigError, DataConfig, Recipe, flatten, identity
-from stadapter.cost import cost_of
 from stadapter.data.bad_clips import BadClips
 from stadapter.data.cache.frames import open_cache
 from stadapter.data.cache.tokens import Rows
@@ -41,11 +40,10 @@ from stadapter.data.lists.storage import DEFAULT_SPILL_GB, default_spill
 from stadapter.data.reader import DEFAULT_TIME_LIMIT_S, Reading
 from stadapter.data.video.decoding import Backend
 from stadapter.evaluate import evaluate
-from stadapter.model import (
-    build_model,
-    cast_frozen,
-    trainable_parameters,
-)
+from stadapter.model import model_file
+from stadapter.model.build import build_model, cast_frozen
+from stadapter.model.cost import cost_of
+from stadapter.model.state import trainable_parameters
 from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
 from stadapter.prefix import kept_splits, open_prefix
 from stadapter.running import Clock, Learner, Run, World
@@ -202,7 +200,7 @@ def train(
         **provenance.provenance(),
     }
     if world.rank == 0:
-        saved.save(
+        model_file.save(
             folder / record.TRAINED,
             learner.model,
             recipe,
@@ -218,7 +216,7 @@ def train(
 def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner:
     optim = recipe.optim
     model = build_model(recipe, weights_file=operation.weights_file)
-    frozen_sha256 = saved.frozen_digest(model) if world.rank == 0 else ""
+    frozen_sha256 = model_file.frozen_digest(model) if world.rank == 0 else ""
     model = model.to(world.device)
     model.recompute = operation.recompute
     if operation.compile:

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stadapter.adapter import STAdapter, depthwise
+from stadapter.model.adapter import STAdapter, depthwise
 
 
 def randomised(adapter: STAdapter, seed: int = 0) -> STAdapter:

@@ -16,7 +16,6 @@ from stadapter import recipes
 from stadapter.ablation.gpus import GPUS
 from stadapter.ablation.plan import UTILISATION, Work, operations
 from stadapter.config import ConfigError, DataConfig, Recipe
-from stadapter.cost import cost_of
 from stadapter.data.cache.frames import ClipCache
 from stadapter.data.cache.quota import GB
 from stadapter.data.clips import ClipDataset
@@ -24,6 +23,7 @@ from stadapter.data.lists.formats import ClipList
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 from stadapter.data.video.decoding import check_backend, decode
+from stadapter.model.cost import cost_of
 from stadapter.running import World
 
 

@@ -11,12 +11,13 @@ import torch
 from authors import authors_file, golden_backbone, golden_recipe, is_theirs
 from test_golden import FILES, PLACEMENTS, Golden, assert_relative
 
-from stadapter import config, convert, recipes, saved
+from stadapter import config, convert, recipes
 from stadapter.__main__ import main
 from stadapter.checkpoints import from_authors as our_names
 from stadapter.config import ConfigError, Recipe
-from stadapter.model import build_model
-from stadapter.saved import Header, load
+from stadapter.model import model_file
+from stadapter.model.build import build_model
+from stadapter.model.model_file import Header, load
 
 BOTH = next(file for file in FILES if "both" in file.stem)
 
@@ -152,7 +153,7 @@ def test_models_that_the_authors_code_does_not_have_are_refused(
 ) -> None:
     plain = {"data.frame_size": 32, "backbone.weights": "seed:0", "adapter.placement": "before_mhsa"}
     recipe = config.replace(golden_recipe(), **plain | fields)
-    saved.write(tmp_path / "ours.safetensors", build_model(recipe).state_dict(), Header(recipe))
+    model_file.write(tmp_path / "ours.safetensors", build_model(recipe).state_dict(), Header(recipe))
     with pytest.raises(ConfigError, match=why):
         convert.to_authors(tmp_path / "ours.safetensors", tmp_path / "theirs.pth")
     assert not (tmp_path / "theirs.pth").exists()

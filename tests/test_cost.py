@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stadapter import recipes
 from stadapter.config import AdapterConfig, BackboneConfig, DataConfig, OptimConfig, Recipe, Strategy, replace
-from stadapter.cost import cost_of
-from stadapter.model import VideoClassifier, build_model
+from stadapter.model.build import build_model
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.cost import cost_of
 
 
 def clip_b16(placement: str, num_frames: int = 8, num_classes: int = 400) -> Recipe:
@@ -109,7 +110,7 @@ def test_what_a_strategy_adds_is_what_its_operations_count() -> None:
     assert macs == counted_macs(lambda: [adapter(x_MSD, 8) for adapter in model.adapters()])
     macs, model = added("lora")
     blocks = list(zip(model.vit.blocks, model.lora, strict=True))
-    with_lora = counted_macs(lambda: [block.attend(x_MSD, lora=lora) for block, lora in blocks])
+    with_lora = counted_macs(lambda: [block.attend(x_MSD, change=lora) for block, lora in blocks])
     assert macs == with_lora - counted_macs(lambda: [block.attend(x_MSD) for block, _ in blocks])
     macs, model = added("prompt")
 

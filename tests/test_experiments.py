@@ -13,7 +13,7 @@ import pytest
 
 from stadapter import recipes
 from stadapter.config import ConfigError, Recipe, replace
-from stadapter.cost import cost_of
+from stadapter.model.cost import cost_of
 from stadapter.train import Operation, train
 from stadapter.trials.sweep import Arm, make_sweep
 

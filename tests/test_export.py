@@ -17,7 +17,8 @@ from stadapter import config, convert
 from stadapter.__main__ import main
 from stadapter.config import ConfigError, Recipe
 from stadapter.export import ExportError, export
-from stadapter.model import VideoClassifier, classifier
+from stadapter.model.build import classifier
+from stadapter.model.classifier import VideoClassifier
 
 ALONE = """
 import sys, torch

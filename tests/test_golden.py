@@ -12,8 +12,9 @@ from safetensors import safe_open
 from stadapter.backbone.vit import ViT, VitShape
 from stadapter.checkpoints import from_authors, to_authors
 from stadapter.config import AdapterConfig
-from stadapter.model import VideoClassifier, trainable_parameters
-from stadapter.strategies import freeze
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.state import trainable_parameters
+from stadapter.model.strategies import freeze
 
 FILES = sorted((Path(__file__).parent / "data").glob("*.safetensors"))
 PLACEMENTS = {(True, False): "before_mhsa", (False, True): "after_mhsa", (True, True): "both"}

@@ -9,7 +9,8 @@ import torch
 from stadapter import config, recipes
 from stadapter.ablation import cli, flags
 from stadapter.ablation.sweep import Cluster, Resources
-from stadapter.model import build_model, cast_frozen, trainable_parameters
+from stadapter.model.build import build_model, cast_frozen
+from stadapter.model.state import trainable_parameters
 
 
 def exits(*arguments: str) -> int:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from stadapter import machine
-from stadapter.adapter import STAdapter
 from stadapter.backbone import ops
 from stadapter.backbone.vit import Block, ViT, VitShape, activate, attention, seed_weights
 from stadapter.config import AdapterConfig, ConfigError
-from stadapter.model import VideoClassifier, trainable_parameters
-from stadapter.strategies import freeze
+from stadapter.model.adapter import STAdapter
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.state import trainable_parameters
+from stadapter.model.strategies import freeze
 
 SHAPE = VitShape(32, 8, 32, 2, 4, 64, "quick_gelu")
 T = 4
@@ -169,7 +170,7 @@ def test_computing_again_changes_no_gradient(recompute, monkeypatch) -> None:
     model, pixels = small_model(), torch.rand(2, T, 3, 32, 32)
     model.recompute = recompute
     got = gradients(model, pixels)
-    monkeypatch.setattr("stadapter.model._recomputed", lambda function, x: function(x))
+    monkeypatch.setattr("stadapter.model.classifier._recomputed", lambda function, x: function(x))
     for mine, expected in zip(got, gradients(model, pixels), strict=True):
         assert torch.equal(mine, expected)
 

@@ -39,8 +39,8 @@ from stadapter.backbone.hubs import _timm_shape
 from stadapter.backbone.state_dicts import from_open_clip, from_timm
 from stadapter.backbone.vit import ViT, VitShape
 from stadapter.config import AdapterConfig, ConfigError
-from stadapter.model import VideoClassifier
-from stadapter.placement import PLACES
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.placement import PLACES
 
 T, B, WIDTH, DEPTH = 4, 2, 32, 3
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2}

@@ -9,15 +9,9 @@ import torch.nn.functional as F
 
 from stadapter import recipes
 from stadapter.config import ConfigError, Recipe, replace
-from stadapter.model import (
-    VideoClassifier,
-    build_model,
-    cast_frozen,
-    dead_parameters,
-    load_trainable_state,
-    trainable_parameters,
-    trainable_state,
-)
+from stadapter.model.build import build_model, cast_frozen
+from stadapter.model.classifier import VideoClassifier, dead_parameters
+from stadapter.model.state import load_trainable_state, trainable_parameters, trainable_state
 
 EMBEDDED = replace(recipes.embedded, **{"backbone.weights": "seed:0"})
 

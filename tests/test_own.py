@@ -13,9 +13,11 @@ import torch
 
 from stadapter import config
 from stadapter.config import ConfigError, OwnCode, Recipe
-from stadapter.cost import cost_of
-from stadapter.model import VideoClassifier, build_model, trainable_parameters
-from stadapter.own import load, own_adapter, own_model
+from stadapter.model.build import build_model
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.cost import cost_of
+from stadapter.model.custom import load, own_adapter, own_model
+from stadapter.model.state import trainable_parameters
 from stadapter.train import Operation, train
 from stadapter.trials import files, record
 
@@ -183,7 +185,7 @@ def test_an_own_model_must_be_a_classifier_and_train_something(tmp_path: Path, t
     module = written(
         tmp_path / "wrong.py",
         """
-        from stadapter.model import classifier
+        from stadapter.model.build import classifier
 
         def nothing(recipe, vit, mean, std):
             return None

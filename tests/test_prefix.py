@@ -26,7 +26,7 @@ from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.lists.clip_list import Split
 from stadapter.data.lists.formats import load_clips
 from stadapter.machine import cpu_name
-from stadapter.model import build_model
+from stadapter.model.build import build_model
 from stadapter.prefix import FIXED, PIXELS, Prefix, check_pixels, describe, open_prefix, tokens_shape
 from stadapter.running import Stopped
 from stadapter.train import Operation, train

@@ -15,15 +15,10 @@ from safetensors.torch import load_file
 
 from stadapter import recipes
 from stadapter.config import ConfigError, Placement, Recipe, Strategy, replace
-from stadapter.cost import cost_of
-from stadapter.model import (
-    VideoClassifier,
-    build_model,
-    cast_frozen,
-    load_trainable_state,
-    trainable_parameters,
-    trainable_state,
-)
+from stadapter.model.build import build_model, cast_frozen
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.cost import cost_of
+from stadapter.model.state import load_trainable_state, trainable_parameters, trainable_state
 from stadapter.optim import make_optimizer
 from stadapter.recipes import for_strategy
 from stadapter.train import Operation, train

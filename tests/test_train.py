@@ -23,7 +23,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from stadapter import config
 from stadapter import train as train_module
 from stadapter.config import ConfigError, Recipe
-from stadapter.model import build_model, trainable_parameters
+from stadapter.model.build import build_model
+from stadapter.model.state import trainable_parameters
 from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
 from stadapter.train import Operation, TrainingError, World, train
 from stadapter.trials import record

@@ -17,8 +17,9 @@ from torch import Tensor
 from stadapter.ablation import Arm, main
 from stadapter.backbone.vit import ViT
 from stadapter.config import ConfigError, Recipe
-from stadapter.model import Triple, VideoClassifier, classifier
-from stadapter.own import own_model
+from stadapter.model.build import classifier
+from stadapter.model.classifier import Triple, VideoClassifier
+from stadapter.model.custom import own_model
 
 
 def with_biases(recipe: Recipe, vit: ViT, mean: Triple, std: Triple) -> VideoClassifier:

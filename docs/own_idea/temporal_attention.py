@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stadapter.ablation import Arm, main
 from stadapter.config import AdapterConfig, ConfigError, Recipe, difference
-from stadapter.own import own_adapter
+from stadapter.model.custom import own_adapter
 from stadapter.recipes import for_strategy
 
 MAX_FRAMES = 64

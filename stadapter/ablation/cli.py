@@ -187,8 +187,8 @@ def processes_per_trial(options: argparse.Namespace, num_gpus: int, global_batch
 
 def _check(sweep: Sweep, options: argparse.Namespace, num_gpus: int) -> tuple[dict[str, int], dict[str, int]]:
     """ConfigError where a trial could not run. Returns each arm's dead parameters, and its MACs per view."""
-    from stadapter.cost import cost_of
     from stadapter.data.transforms import check_transforms
+    from stadapter.model.cost import cost_of
 
     costs = {arm: cost_of(recipe) for arm, recipe in {t.arm: t.recipe for t in sweep.trials}.items()}
     for data in {trial.recipe.data for trial in sweep.trials}:

@@ -28,8 +28,8 @@ from stadapter import machine
 from stadapter.ablation.flags import GPU_CLIPS_PER_PASS, check_gpu_flags
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS, gpu_named
 from stadapter.config import ConfigError, Recipe
-from stadapter.cost import Cost, cost_of, meta_model
 from stadapter.data.lists.formats import load_clips
+from stadapter.model.cost import Cost, cost_of, meta_model
 from stadapter.prefix import check_pixels
 from stadapter.trials import record
 from stadapter.trials.status import Entry

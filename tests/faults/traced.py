@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stadapter.ablation import Arm, main
-from stadapter.adapter import STAdapter
 from stadapter.config import AdapterConfig, Recipe
-from stadapter.own import own_adapter
+from stadapter.model.adapter import STAdapter
+from stadapter.model.custom import own_adapter
 
 STEP_S = 0.1  # at least, so that there is time for a fault
 

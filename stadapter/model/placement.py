@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from torch import nn
 
-from stadapter.adapter import STAdapter
 from stadapter.config import AdapterConfig, ConfigError
-from stadapter.rivals import PlainAdapter
+from stadapter.model.adapter import STAdapter
+from stadapter.model.baselines import PlainAdapter
 
 AdapterClass = Callable[[int, AdapterConfig], nn.Module]
 
-# Places in a block (see stadapter.model), and the placements that put an adapter there.
+# Places in a block (see stadapter.model.classifier), and the placements that put an adapter there.
 PLACES = {
     "before": ("before_mhsa", "both"),
     "after": ("after_mhsa", "both"),

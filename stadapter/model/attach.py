@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stadapter.adapter import STAdapter
 from stadapter.config import AdapterConfig, ConfigError, Placement
-from stadapter.model import load_trainable_state, trainable_state
-from stadapter.placement import PLACES, blocks_with_adapter, make_adapter
+from stadapter.model.adapter import STAdapter
+from stadapter.model.placement import PLACES, blocks_with_adapter, make_adapter
+from stadapter.model.state import load_trainable_state, trainable_state
 
 V = TypeVar("V", bound=nn.Module)
 

@@ -5,7 +5,7 @@
     block:  u = before(x);  v = after(u + attention(u));  w = after_mlp(v + MLP(v));  w + parallel's branch(x)
 
 Each placement is an adapter X + f(X), or nothing. `parallel` stands beside the whole block: its branch reads the
-block's input and is added to the block's output. What other strategies add is in `stadapter.rivals`.
+block's input and is added to the block's output. What other strategies add is in `stadapter.model.baselines`.
 
 Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), D width, K classes.
 """
@@ -15,23 +15,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableSequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, MutableSequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stadapter.adapter import STAdapter
-from stadapter.backbone.load import load_backbone
 from stadapter.backbone.vit import ViT
-from stadapter.config import AdapterConfig, ConfigError, Recipe, RivalConfig, Strategy, derive_seed
-from stadapter.lora import LoRA
-from stadapter.own import load as load_own
-from stadapter.placement import PLACES, PLACES_BEHIND, AdapterClass, blocks_with_adapter, make_adapter
-from stadapter.rivals import AttentionPool, DividedAttention, TemporalTransformer, make_prompts
-from stadapter.strategies import freeze, uses_adapters
+from stadapter.config import AdapterConfig, RivalConfig, Strategy, derive_seed
+from stadapter.model.adapter import STAdapter
+from stadapter.model.baselines import AttentionPool, DividedAttention, TemporalTransformer, make_prompts
+from stadapter.model.lora import LoRA
+from stadapter.model.placement import PLACES, PLACES_BEHIND, AdapterClass, blocks_with_adapter, make_adapter
+from stadapter.model.state import trainable_parameters
 
 Triple = tuple[float, float, float]
 
@@ -249,105 +246,13 @@ class VideoClassifier(nn.Module):
         return [getattr(self, place)[str(block)] for place in PLACES_BEHIND if str(block) in getattr(self, place)]
 
 
-def build_model(
-    recipe: Recipe, *, weights_file: Path | None = None, device: torch.device | str = "cpu"
-) -> VideoClassifier:
-    """The recipe's model, frozen as its strategy says, float32; on device "meta" without any weights. ConfigError."""
-    data = recipe.data
-    vit, backbone = load_backbone(recipe.backbone, data.frame_size, weights_file=weights_file, device=device)
-    # On the CPU also for a GPU: its random numbers are the same everywhere.
-    with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
-        make = _own_model if recipe.own.model else classifier
-        return make(recipe, vit, backbone.mean, backbone.std).to(device)
-
-
-def classifier(
-    recipe: Recipe, vit: ViT, mean: Triple, std: Triple, kind: type[VideoClassifier] | None = None
-) -> VideoClassifier:
-    """The recipe's model around this backbone, frozen as its strategy says; of a derived class where one is given."""
-    own = recipe.own
-    model = (kind or VideoClassifier)(
-        vit,
-        recipe.data.num_classes,
-        recipe.adapter if uses_adapters(recipe.strategy) else None,
-        recipe.seed,
-        mean,
-        std,
-        strategy=recipe.strategy,
-        rival=recipe.rival,
-        num_frames=recipe.data.num_frames,
-        own_adapter=load_own(own, own.adapter) if own.adapter else None,
-    )
-    freeze(model, recipe.strategy, recipe.train_final_norm, recipe.rival)
-    return model
-
-
-def _own_model(recipe: Recipe, vit: ViT, mean: Triple, std: Triple) -> VideoClassifier:
-    name = recipe.own.model
-    with _seeded(recipe.seed, f"init/{name}"):
-        model = load_own(recipe.own, name)(recipe, vit, mean, std)
-    if not isinstance(model, VideoClassifier):
-        raise ConfigError(f"own.model = {name}: returned {type(model).__name__}, not a stadapter.model.VideoClassifier")
-    if not trainable_parameters(model):
-        raise ConfigError(f"own.model = {name}: nothing in it is trained; set requires_grad of what should be")
-    return model
-
-
 def _adapts_cls(adapter: nn.Module) -> bool:
     return getattr(adapter, "adapts_cls", False)
-
-
-def cast_frozen(model: VideoClassifier, dtype: torch.dtype) -> None:
-    """Store the frozen matrices in `dtype`, as the paper does on GPUs; then run the model under autocast to `dtype`.
-
-    Half the memory, and no cast at every step. What is trained stays in float32, and so do the frozen norms and
-    embeddings (1 % of the weights), which autocast wants in float32 anyway.
-    """
-    for module in model.vit.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
 
 
 def dead_parameters(model: VideoClassifier) -> int:
     """How many parameters sit in adapters that can never receive a gradient."""
     return sum(parameter.numel() for adapter in model.dead_adapters() for parameter in adapter.parameters())
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What an optimiser is given, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint of the training needs, by name: detached, not copied."""
-    return {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
-
-
-def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The inverse of `trainable_state`, in place. ConfigError unless names and shapes are exactly the model's."""
-    parameters = trainable_parameters(model)
-    missing, unexpected = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
-    if missing or unexpected:
-        raise ConfigError(
-            f"the checkpoint is of another model: it lacks {_some(missing)}, and has {_some(unexpected)} "
-            "that the model does not train; use the recipe it was made with"
-        )
-    for name, parameter in parameters.items():
-        if parameter.shape != state[name].shape:
-            raise ConfigError(
-                f"the checkpoint is of another model: {name} is {list(state[name].shape)}, but the model's is "
-                f"{list(parameter.shape)}; use the recipe it was made with"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) or "nothing"
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

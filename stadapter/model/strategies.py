@@ -9,7 +9,7 @@ from torch import nn
 from stadapter.config import ConfigError, RivalConfig, Strategy
 
 if TYPE_CHECKING:
-    from stadapter.model import VideoClassifier
+    from stadapter.model.classifier import VideoClassifier
 
 
 def uses_adapters(strategy: Strategy) -> bool:

@@ -1,7 +1,7 @@
 """Arms that are not in the package: an adapter, a placement or a strategy of your own, from one file of yours.
 
     from stadapter.ablation import Arm, main
-    from stadapter.own import own_adapter
+    from stadapter.model.custom import own_adapter
 
     class MyAdapter(nn.Module):
         def __init__(self, width: int, adapter: AdapterConfig) -> None: ...
@@ -40,8 +40,8 @@ def own_model(build: Callable[..., Any]) -> dict[str, Any]:
     """The fields of an arm whose model this function makes, a function at the top of its file.
 
     It is called as `build(recipe, vit, mean, std)` with the backbone, its weights read, and its normalisation. It
-    returns a `stadapter.model.VideoClassifier`, or what is derived from one, with `requires_grad` set on what is
-    trained; `stadapter.model.classifier` makes the recipe's own to start from.
+    returns a `stadapter.model.classifier.VideoClassifier`, or what is derived from one, with `requires_grad` set on
+    what is trained; `stadapter.model.build.classifier` makes the recipe's own to start from.
     """
     return _fields(build, "model")
 

@@ -3,7 +3,7 @@
 Each starts as an exact zero beside the frozen model, prompts excepted: the first step of a comparison is the same for
 all. Frame embeddings start at random all the same, behind a map that starts at zero: from zero, a model does not see
 the order of frames and has next to no gradient towards seeing it (direction accuracy stayed at exactly 50 %).
-Where the paper leaves a choice open, the class says which was made and why. LoRA is in `stadapter.lora`.
+Where the paper leaves a choice open, the class says which was made and why. LoRA is in `stadapter.model.lora`.
 
 Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), L = T * S tokens of a clip, D width.
 """

@@ -17,7 +17,8 @@ Papers print multiply-accumulates as "GFLOPs". Counted, per view (one clip of T 
     temporal block    as a block with T tokens      per clip
     attention pool    T S * (2 D^2 + 2 D) + D^2     per clip
 
-An adapter or a model of somebody's own (`stadapter.own`) is counted by running it, as PyTorch counts its operators.
+An adapter or a model of somebody's own (`stadapter.model.custom`) is counted by running it, as PyTorch counts its
+operators.
 
 Norms, biases, activations and softmax are not, as is usual. Counted is the model as papers describe it: whole, with
 the last block's patches and an adapter after its attention, although this implementation skips what CLS cannot see.
@@ -37,7 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stadapter.backbone.vit import VitShape
 from stadapter.config import AdapterConfig, Recipe
-from stadapter.model import VideoClassifier, build_model, dead_parameters, trainable_parameters
+from stadapter.model.build import build_model
+from stadapter.model.classifier import VideoClassifier, dead_parameters
+from stadapter.model.state import trainable_parameters
 
 
 @dataclass(frozen=True)

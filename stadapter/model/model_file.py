@@ -25,7 +25,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from stadapter.config import ConfigError, Recipe, flatten, identity, unflatten
-from stadapter.model import VideoClassifier, build_model, load_trainable_state, trainable_state
+from stadapter.model.build import build_model
+from stadapter.model.classifier import VideoClassifier
+from stadapter.model.state import load_trainable_state, trainable_state
 from stadapter.trials import files
 
 
