@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain
-from stadapter import machine, recipes
+from stadapter import recipes
 from stadapter.config import ConfigError, DataConfig, Resize
 from stadapter.data.cache.frames import ClipCache, decode_settings
 from stadapter.data.cache.quota import GB
@@ -38,6 +38,7 @@ from stadapter.data.reader import Reading
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 from stadapter.data.video.decoding import Backend, check_backend, decode
+from stadapter.training import hardware
 
 KINETICS = dataclasses.replace(recipes.get("kinetics400_clip_b16").data, num_classes=400)
 SSV2 = recipes.get("ssv2_clip_b16").data
@@ -200,7 +201,7 @@ def _run(scratch: Path, options: argparse.Namespace) -> int:
     ways = references | {method.name: method.run for method in methods}
     ms = measure(ways, paths, options.rounds)
 
-    print(f"{datetime.date.today()}, {machine.cpu_name()}, one thread, load {load:.1f} to {os.getloadavg()[0]:.1f}")
+    print(f"{datetime.date.today()}, {hardware.cpu_name()}, one thread, load {load:.1f} to {os.getloadavg()[0]:.1f}")
     kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1000
     print(
         f"{options.clips} clips of 10 s, 340x256, 30 fps, H.264, {kilobytes:.0f} kB; CPU ms, median of {options.rounds}"

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stadapter import machine
+from stadapter.training import hardware
 from stadapter.trials import record
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     is_cold = any(text.startswith("rendering the embedded world") for _, text in lines)
     trials = [(result["started"], result["finished"]) for result in results]
     share = share_of(span, trials)
-    print(f"\n{datetime.date.today()}, {machine.cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before,")
+    print(f"\n{datetime.date.today()}, {hardware.cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before,")
     print(f"{os.getloadavg()[0]:.1f} after; clips {'rendered in this run' if is_cold else 'there already'}\n")
     print("| | seconds | % |\n|---|---:|---:|")
     rows = [("in all", share.total), (f"at least one of {len(trials)} trials ran", share.inside)]

@@ -33,15 +33,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import plain
 from benchmarks.model_reference import PlainClassifier
 from benchmarks.step import gemms
-from stadapter import config, machine, recipes
+from stadapter import config, recipes
 from stadapter.config import Recipe
 from stadapter.data.clips import ClipDataset, train_loader
 from stadapter.data.lists.clip_list import ClipList
 from stadapter.model.build import build_model
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import trainable_parameters
-from stadapter.optim import make_optimizer
-from stadapter.prefix import Prefix, open_prefix
+from stadapter.training import hardware
+from stadapter.training.optim import make_optimizer
+from stadapter.training.token_cache import Prefix, open_prefix
 
 CPU = torch.device("cpu")
 TARGETS = {1: 15.0, 2: None, 3: 4.0, 6: None}  # last k blocks -> least ratio
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     gemms(chosen=True)  # also for the rows: Adam's first steps make much of a difference in rounding
     print(
-        f"{datetime.date.today()}, {machine.cpu_name()}, one thread, load {os.getloadavg()[0]:.1f}, "
+        f"{datetime.date.today()}, {hardware.cpu_name()}, one thread, load {os.getloadavg()[0]:.1f}, "
         f"torch {torch.__version__}, ViT-B/16, 8 frames, float32, median of {options.rounds}"
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling
 
-Measured is the training loop itself (`stadapter.train`) on the embedded model, one thread a process, its clips in
-memory. Strong: the global batch stays and is shared. Weak: each process keeps as many clips. Beside them two processes
-train without exchanging anything: what these cores lose by working at once is not the exchange's doing.
+Measured is the training loop itself (`stadapter.training.loop`) on the embedded model, one thread a process, its clips
+in memory. Strong: the global batch stays and is shared. Weak: each process keeps as many clips. Beside them two
+processes train without exchanging anything: what these cores lose by working at once is not the exchange's doing.
 
 Modelled are the published recipes. A step is the time to compute a GPU's share of the global batch, plus what of a ring
 all-reduce of the gradients is not hidden behind the backward pass. Every assumption is printed, and is a flag where no
@@ -37,15 +37,18 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import data, plain
-from stadapter import config, machine, recipes
+from stadapter import config, recipes
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS
 from stadapter.ablation.plan import Work, operations, rate_of
 from stadapter.config import Recipe
 from stadapter.data.bad_clips import BadClips
 from stadapter.data.reader import Reading
 from stadapter.model.cost import cost_of
-from stadapter.running import Clock, Run, World
-from stadapter.train import Operation, _make_learner, _train_epoch
+from stadapter.training import hardware
+from stadapter.training.loop import _make_learner, _train_epoch
+from stadapter.training.options import Operation
+from stadapter.training.runtime import World
+from stadapter.training.state import Clock, Run
 
 MODELLED = ("ssv2_clip_b16", "kinetics400_clip_b16")
 NUMBERS_OF_GPUS = tuple(2**k for k in range(3, 10))
@@ -137,7 +140,7 @@ def _timed_into(exchanges: list[float]) -> Callable[[object, dist.GradBucket], t
 def _measure_in(rank: int, folder: Path, global_batch: int, steps: int, rounds: int) -> None:
     """One of the two processes; the cases take turns."""
     torch.set_num_threads(1)
-    machine.set_fast_float32(torch.device("cpu"))
+    hardware.set_fast_float32(torch.device("cpu"))
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=10))
     found: list[tuple[list[float], list[float]]] = [([], []) for _ in cases(global_batch)]
@@ -333,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     network = Network(options.within_node, options.between_nodes, options.hop_us, options.hidden)
     load = os.getloadavg()[0]
     found = measure(recipes.embedded.optim.global_batch, options.steps, options.rounds)
-    print(f"{datetime.date.today()}, {machine.cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__},")
+    print(f"{datetime.date.today()}, {hardware.cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__},")
     print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after\n")
     print_measured(found, options.steps, options.rounds)
     print()

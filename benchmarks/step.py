@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.model_reference import PlainAdapter, PlainClassifier
-from stadapter import machine, recipes
+from stadapter import recipes
 from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, VitShape, seed_weights
 from stadapter.config import AdapterConfig
 from stadapter.model.adapter import STAdapter
@@ -40,8 +40,9 @@ from stadapter.model.build import cast_frozen
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import trainable_parameters
 from stadapter.model.strategies import freeze
-from stadapter.optim import make_optimizer
-from stadapter.train import PRECISIONS
+from stadapter.training import hardware
+from stadapter.training.optim import make_optimizer
+from stadapter.training.runtime import PRECISIONS
 
 CPU = torch.device("cpu")
 VIT_B16 = VitShape(224, 16, 768, 12, 12, 3072, "quick_gelu", 1e-5, pre_norm=True, patch_bias=False)
@@ -116,7 +117,7 @@ def gemms(*, chosen: bool) -> None:
     """The matrix products that a training chooses on this machine, or PyTorch's default ones."""
     torch.set_float32_matmul_precision("highest")
     if chosen:
-        machine.set_fast_float32(CPU)
+        hardware.set_fast_float32(CPU)
 
 
 def measure(pairs: list[Pair], rounds: int) -> list[tuple[Pair, float, float]]:
@@ -252,10 +253,10 @@ def memory_of(way: str, name: str, precision: str) -> tuple[float, float]:
     gemms(chosen=way != "plain")
     loss_of(module, pixels[:, :1], dtype).backward()  # what libraries allocate once
     module.zero_grad(set_to_none=True)
-    machine.reset_peak_memory(CPU)
-    before = machine.peak_memory_mib(CPU)
+    hardware.reset_peak_memory(CPU)
+    before = hardware.peak_memory_mib(CPU)
     training_step(module, optimizer, pixels, dtype)()
-    after = machine.peak_memory_mib(CPU)
+    after = hardware.peak_memory_mib(CPU)
     peak = float("nan") if before is None or after is None else after - before
     return saved_bytes(module, lambda: loss_of(module, pixels, dtype)) / 2**20, peak
 
@@ -308,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(*memory_of(options.way, options.model, options.precision))
         return 0
     print(
-        f"{datetime.date.today()}, {machine.cpu_name()}, one thread, load {os.getloadavg()[0]:.1f}, "
+        f"{datetime.date.today()}, {hardware.cpu_name()}, one thread, load {os.getloadavg()[0]:.1f}, "
         f"torch {torch.__version__}, {options.model}, {FRAMES} frames, median of {options.rounds}"
     )
     if options.what == "memory":

@@ -67,7 +67,7 @@ def flags(clips: Path) -> list[str]:
 def between_trials_s(clips: Path, output: Path, trials: int, recipe: Recipe) -> list[float]:
     """Seconds between two trials of a sweep that runs one at a time."""
     from stadapter.ablation.sweep import Cluster, Resources, run_trials
-    from stadapter.train import Operation
+    from stadapter.training.options import Operation
 
     sweep = make_sweep("none", "?", recipe, [Arm("only", {})], trials)
     with Cluster(Resources(cpus_per_process=os.cpu_count() or 1)) as cluster:

@@ -21,11 +21,11 @@ from stadapter.ablation import submit
 from stadapter.commands import Commands, add_parser
 from stadapter.config import ConfigError, Recipe
 from stadapter.data import __main__ as data
-from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.lists.storage import data_root
-from stadapter.speed_flags import add_speed_flags, speed_flags
+from stadapter.training.flags import add_reading_flags, add_speed_flags, reading_flags, speed_flags
+from stadapter.training.options import DEFAULT_CHECKPOINT_EVERY_S
 from stadapter.trials.files import WriteError
-from stadapter.trials.record import DEFAULT_CHECKPOINT_EVERY_S, bad_clips_in_words
+from stadapter.trials.record import bad_clips_in_words
 from stadapter.trials.stop import StopSignals, write
 from stadapter.version import __version__
 
@@ -191,10 +191,12 @@ def _train(options: argparse.Namespace) -> int:
 def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
-    from stadapter import machine
     from stadapter.data.bad_clips import BadClipsError
-    from stadapter.running import Stopped
-    from stadapter.train import Operation, TrainingError, join_world, train
+    from stadapter.training import hardware
+    from stadapter.training.loop import TrainingError, train
+    from stadapter.training.options import Operation
+    from stadapter.training.runtime import join_world
+    from stadapter.training.state import Stopped
     from stadapter.trials import lock
 
     world = join_world()
@@ -212,13 +214,13 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         **reading_flags(options),
     )
     if options.cache_prefix and world.rank == 0:
-        from stadapter.prefix import check_pixels, describe
+        from stadapter.training.token_cache import check_pixels, describe
 
         check_pixels(recipe)
         print("\n".join(describe([recipe], options.cache_prefix)), flush=True)
     live = sys.stderr.isatty()
     if world.rank == 0:
-        print(machine.set_up(world.device, recipe.optim.precision), flush=True)
+        print(hardware.set_up(world.device, recipe.optim.precision), flush=True)
 
     def announce() -> None:
         write(2, "\nstopping after this step, with a checkpoint; once more to stop at once\n")

@@ -13,8 +13,8 @@ from typing import Any
 
 from stadapter import config, recipes
 from stadapter.config import ConfigError
-from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.lists.storage import data_root
+from stadapter.training.flags import add_reading_flags, reading_flags
 
 Commands = Any  # argparse's subparsers, whose class has no public name
 MODEL = "a run folder, a trained.safetensors, or a file made by `convert` or stadapter.save"
@@ -175,7 +175,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from stadapter import inference
     from stadapter.data.bad_clips import BadClipsError
     from stadapter.data.lists.formats import load_clips
-    from stadapter.train import Operation, join_world
+    from stadapter.training.options import Operation
+    from stadapter.training.runtime import join_world
 
     operation = Operation(
         options.data_root,
@@ -223,7 +224,7 @@ def _predict(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from stadapter import inference, predict
-    from stadapter.train import Operation
+    from stadapter.training.options import Operation
 
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: must be at least 1")

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-from stadapter import config, machine
+from stadapter import config
 from stadapter.config import ConfigError, Precision, Recipe
 from stadapter.data.bad_clips import BadClips
 from stadapter.data.clips import test_loader
 from stadapter.data.lists.formats import ClipList, load_clips
-from stadapter.evaluate import evaluate
 from stadapter.model import model_file
 from stadapter.model.build import cast_frozen
 from stadapter.model.classifier import VideoClassifier
-from stadapter.running import World
-from stadapter.train import PRECISIONS, Operation, make_dataset
+from stadapter.training import hardware
+from stadapter.training.evaluate import evaluate
+from stadapter.training.options import Operation
+from stadapter.training.runtime import PRECISIONS, World, make_dataset
 from stadapter.trials import record
 
 CLIPS_PER_PASS = 8
@@ -63,7 +64,7 @@ def put_on(model: VideoClassifier, precision: Precision, device: torch.device) -
 
     On a CPU it stays in float32, which autocast reads as well: the same model may be asked in float32 afterwards.
     """
-    machine.set_up(device, precision)
+    hardware.set_up(device, precision)
     model.requires_grad_(False).to(device)
     if precision != "float32" and device.type == "cuda":
         cast_frozen(model, PRECISIONS[precision])

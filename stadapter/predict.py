@@ -15,10 +15,11 @@ from torch import Tensor
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data.clips import test_loader
 from stadapter.data.lists.formats import VIDEO_SUFFIXES, ClipList
-from stadapter.evaluate import mean_probability
 from stadapter.inference import CLIPS_PER_PASS, put_on
 from stadapter.model.classifier import VideoClassifier
-from stadapter.train import PRECISIONS, Operation, make_dataset
+from stadapter.training.evaluate import mean_probability
+from stadapter.training.options import Operation
+from stadapter.training.runtime import PRECISIONS, make_dataset
 
 
 def find_videos(places: Sequence[str | Path]) -> list[str]:

@@ -13,7 +13,8 @@ import torch
 from stadapter import config, recipes
 from stadapter.config import Recipe
 from stadapter.data.lists.embedded import MOTION_CLASSES, render_clip, write_mp4
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 
 
 def pytest_configure() -> None:

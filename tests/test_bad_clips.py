@@ -28,7 +28,8 @@ from stadapter.data.lists.storage import Spill
 from stadapter.data.reader import Reading, read_frames
 from stadapter.data.video import decoder_process
 from stadapter.data.video.decoding import ClipError, decode
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 from stadapter.trials import record
 
 BAD = ("zero bytes.mp4", "truncated.mp4", "text.mp4", "audio only.mp4")

@@ -24,7 +24,7 @@ from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 from stadapter.data.video.decoding import check_backend, decode
 from stadapter.model.cost import cost_of
-from stadapter.running import World
+from stadapter.training.runtime import World
 
 
 @pytest.fixture(scope="module")

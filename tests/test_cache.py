@@ -22,7 +22,6 @@ from stadapter.data.cache.disk_need import DiskNeed, describe, disk_need
 from stadapter.data.cache.frames import ClipCache, decode_settings, open_cache
 from stadapter.data.cache.quota import BLOCK, GB, disk_bytes
 from stadapter.data.clips import ClipDataset, train_loader
-from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.lists import storage
 from stadapter.data.lists.formats import ClipList
 from stadapter.data.lists.storage import Spill
@@ -30,7 +29,9 @@ from stadapter.data.reader import Reading, read_frames
 from stadapter.data.video import decoding
 from stadapter.data.video.decoding import ClipError, decode
 from stadapter.data.video.packets import Indices, PathLike
-from stadapter.train import Operation, train
+from stadapter.training.flags import add_reading_flags, reading_flags
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 
 FRAMES = 20
 FRAME_BYTES = 48 * 64 * 3

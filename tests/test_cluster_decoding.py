@@ -18,7 +18,8 @@ from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data.clips import ClipDataset, test_loader, train_loader
 from stadapter.data.lists.formats import ClipList
 from stadapter.data.video.decoding import ClipError
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 
 COUNT, GLOBAL = 9, 4
 CONFIG = DataConfig("folder", COUNT, num_frames=4, frame_size=32, horizontal_flip=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stadapter.evaluate import evaluate
-from stadapter.optim import summed_loss
+from stadapter.training.evaluate import evaluate
+from stadapter.training.optim import summed_loss
 
 
 class Scripted(nn.Module):

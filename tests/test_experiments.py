@@ -14,7 +14,8 @@ import pytest
 from stadapter import recipes
 from stadapter.config import ConfigError, Recipe, replace
 from stadapter.model.cost import cost_of
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 from stadapter.trials.sweep import Arm, make_sweep
 
 FOLDER = Path(__file__).parent.parent / "experiments"

@@ -7,8 +7,8 @@ import argparse
 import pytest
 
 from stadapter.config import ConfigError
-from stadapter.data.flags import add_reading_flags, reading_flags
-from stadapter.train import Operation
+from stadapter.training.flags import add_reading_flags, reading_flags
+from stadapter.training.options import Operation
 
 
 def parse(*words: str) -> argparse.Namespace:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from stadapter import machine
 from stadapter.backbone import ops
 from stadapter.backbone.vit import Block, ViT, VitShape, activate, attention, seed_weights
 from stadapter.config import AdapterConfig, ConfigError
@@ -16,6 +15,7 @@ from stadapter.model.adapter import STAdapter
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import trainable_parameters
 from stadapter.model.strategies import freeze
+from stadapter.training import hardware
 
 SHAPE = VitShape(32, 8, 32, 2, 4, 64, "quick_gelu")
 T = 4
@@ -184,13 +184,13 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients() -> None:
 
 def test_what_was_chosen_for_a_cpu_is_said_with_its_reason() -> None:
     before = torch.get_float32_matmul_precision()
-    line = machine.set_up(torch.device("cpu"), "float32")
+    line = hardware.set_up(torch.device("cpu"), "float32")
     torch.set_float32_matmul_precision(before)
-    assert line.startswith(machine.cpu_name()) and "oneDNN" in line and "\n" not in line
+    assert line.startswith(hardware.cpu_name()) and "oneDNN" in line and "\n" not in line
 
 
 def test_a_gpu_without_bfloat16_is_refused_before_it_imitates_it(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     with pytest.raises(ConfigError, match="Tesla V100 has no bfloat16; use float16"):
-        machine.set_up(torch.device("cuda"), "bfloat16")
+        hardware.set_up(torch.device("cuda"), "bfloat16")

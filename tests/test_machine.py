@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from stadapter import machine
+from stadapter.training import hardware
 
 CPU = torch.device("cpu")
 
 
 MEASURE = """
 import json, torch
-from stadapter import machine
+from stadapter.training import hardware
 CPU = torch.device("cpu")
 ballast = torch.ones(128, 2**18)  # 128 MiB that come and go: a peak to forget
 del ballast
-machine.reset_peak_memory(CPU)
-before = machine.peak_memory_mib(CPU)
+hardware.reset_peak_memory(CPU)
+before = hardware.peak_memory_mib(CPU)
 ballast = torch.ones(64, 2**18)  # 64 MiB
-print(json.dumps([before, machine.peak_memory_mib(CPU)]))
+print(json.dumps([before, hardware.peak_memory_mib(CPU)]))
 """
 
 
@@ -40,9 +40,9 @@ def test_the_peak_memory_is_measured_anew() -> None:
 def test_a_system_that_counts_no_peak_costs_the_figure_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_STATUS", tmp_path / "status")
-    assert machine.peak_memory_mib(CPU) is None
+    monkeypatch.setattr(hardware, "_STATUS", tmp_path / "status")
+    assert hardware.peak_memory_mib(CPU) is None
     (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t  1024 kB\n")
-    assert machine.peak_memory_mib(CPU) is None
+    assert hardware.peak_memory_mib(CPU) is None
     (tmp_path / "status").write_text("VmHWM:\t  2048 kB\n")
-    assert machine.peak_memory_mib(CPU) == 2
+    assert hardware.peak_memory_mib(CPU) == 2

@@ -18,7 +18,8 @@ from stadapter.model.classifier import VideoClassifier
 from stadapter.model.cost import cost_of
 from stadapter.model.custom import load, own_adapter, own_model
 from stadapter.model.state import trainable_parameters
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 from stadapter.trials import files, record
 
 IDEAS = Path(__file__).parent.parent / "docs" / "own_idea"

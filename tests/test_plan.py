@@ -16,9 +16,9 @@ from stadapter import config, recipes
 from stadapter.ablation.gpus import GPUS, gpu_named
 from stadapter.ablation.plan import Memory, Work, compare_with_reality, memory_of, operations, rate_of
 from stadapter.config import Recipe
-from stadapter.machine import device_name
 from stadapter.model.build import build_model
 from stadapter.model.cost import cost_of
+from stadapter.training.hardware import device_name
 from stadapter.trials.status import entry
 from stadapter.trials.sweep import make_sweep
 

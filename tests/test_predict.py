@@ -18,7 +18,7 @@ from stadapter.data.clips import ClipDataset
 from stadapter.data.lists.formats import load_clips
 from stadapter.inference import open_trained, test
 from stadapter.predict import find_videos, predict, top_classes
-from stadapter.train import Operation
+from stadapter.training.options import Operation
 from stadapter.trials import record
 
 # --- predict

@@ -22,14 +22,15 @@ from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data import clips as clips_module
 from stadapter.data.cache.quota import Room
 from stadapter.data.cache.tokens import Rows
-from stadapter.data.flags import add_reading_flags, reading_flags
 from stadapter.data.lists.clip_list import Split
 from stadapter.data.lists.formats import load_clips
-from stadapter.machine import cpu_name
 from stadapter.model.build import build_model
-from stadapter.prefix import FIXED, PIXELS, Prefix, check_pixels, describe, open_prefix, tokens_shape
-from stadapter.running import Stopped
-from stadapter.train import Operation, train
+from stadapter.training.flags import add_reading_flags, reading_flags
+from stadapter.training.hardware import cpu_name
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
+from stadapter.training.state import Stopped
+from stadapter.training.token_cache import FIXED, PIXELS, Prefix, check_pixels, describe, open_prefix, tokens_shape
 from stadapter.trials import record
 from stadapter.trials.status import Entry, Failures
 

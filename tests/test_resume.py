@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from stadapter import config
 from stadapter.config import ConfigError, Recipe
-from stadapter.running import Stopped
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
+from stadapter.training.state import Stopped
 from stadapter.trials import checkpoint, files, record
 
 WALL_TIMES = ("seconds", "time", "clips_per_s")
@@ -101,7 +102,7 @@ def test_a_training_that_dies_in_its_last_test_is_only_tested_again(
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("stadapter.train.cost_of", die)
+        patch.setattr("stadapter.training.loop.cost_of", die)
         train(tiny_recipe, tmp_path, operation)
     steps: list[dict[str, Any]] = []
     train(tiny_recipe, tmp_path, operation, on_step=steps.append)

@@ -18,7 +18,8 @@ from stadapter.data.lists import storage
 from stadapter.data.lists.formats import load_clips
 from stadapter.data.lists.storage import Spill, local_copy
 from stadapter.data.reader import Reading
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 
 
 @pytest.fixture

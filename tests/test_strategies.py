@@ -19,9 +19,10 @@ from stadapter.model.build import build_model, cast_frozen
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.cost import cost_of
 from stadapter.model.state import load_trainable_state, trainable_parameters, trainable_state
-from stadapter.optim import make_optimizer
 from stadapter.recipes import for_strategy
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.optim import make_optimizer
+from stadapter.training.options import Operation
 from stadapter.trials import record
 
 EMBEDDED = replace(recipes.embedded, **{"backbone.weights": "seed:0", "data.num_frames": 4})

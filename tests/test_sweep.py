@@ -22,7 +22,8 @@ from stadapter import config, recipes
 from stadapter.ablation import main
 from stadapter.ablation.sweep import Cluster, Resources, run_trials
 from stadapter.config import Recipe
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 from stadapter.trials import record
 from stadapter.trials.sweep import Arm, Trial, load_sweep, make_sweep, records
 

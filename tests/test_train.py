@@ -21,12 +21,13 @@ from torch import multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from stadapter import config
-from stadapter import train as train_module
 from stadapter.config import ConfigError, Recipe
 from stadapter.model.build import build_model
 from stadapter.model.state import trainable_parameters
-from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
-from stadapter.train import Operation, TrainingError, World, train
+from stadapter.training import loop as train_module
+from stadapter.training.loop import TrainingError, World, train
+from stadapter.training.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
+from stadapter.training.options import Operation
 from stadapter.trials import record
 
 
@@ -328,7 +329,7 @@ def test_weights_broken_by_the_last_step_are_called_diverged(
     """Every loss of the training was finite; what it left behind is not."""
     rate, last_step = learning_rate, 7
     monkeypatch.setattr(
-        "stadapter.train.learning_rate", lambda step, *a: math.nan if step == last_step else rate(step, *a)
+        "stadapter.training.loop.learning_rate", lambda step, *a: math.nan if step == last_step else rate(step, *a)
     )
     result = train(tiny_recipe, tmp_path, operation)
     assert all(map(math.isfinite, losses(tmp_path)))

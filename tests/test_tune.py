@@ -18,7 +18,8 @@ from stadapter.ablation.__main__ import main
 from stadapter.ablation.search import search
 from stadapter.ablation.sweep import Cluster, Resources
 from stadapter.config import Recipe
-from stadapter.train import Operation, train
+from stadapter.training.loop import train
+from stadapter.training.options import Operation
 from stadapter.trials import record
 
 TRIALS = 5

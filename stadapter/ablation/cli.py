@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stadapter import config, recipes
-from stadapter.ablation.flags import GPU_CLIPS_PER_PASS, Values, check_gpu_flags, check_numbers, check_port, make_parser
+from stadapter.ablation.flags import Values, check_gpu_flags, check_numbers, check_port, make_parser
 from stadapter.ablation.launch import Request, launch
 from stadapter.config import ConfigError, Recipe
-from stadapter.data.flags import reading_flags
-from stadapter.speed_flags import speed_flags
+from stadapter.training.flags import reading_flags, speed_flags
+from stadapter.training.options import GPU_CLIPS_PER_PASS
 from stadapter.trials import files, record, status
 from stadapter.trials.sweep import SWEEP, Arm, Sweep, Trial, load_sweep, make_sweep, save_sweep
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
     from stadapter.data.clips import Elsewhere
     from stadapter.data.lists.clip_list import ClipList
-    from stadapter.train import Operation
+    from stadapter.training.options import Operation
 
 
 def main(
@@ -115,11 +115,11 @@ def _run(
     if missing:
         import torch
 
-        from stadapter import machine
+        from stadapter.training import hardware
 
         _notes(sweep, dead, clips, options)
         if options.address is None:
-            print(machine.set_up(torch.device("cuda" if num_gpus else "cpu"), sweep.recipe.optim.precision))
+            print(hardware.set_up(torch.device("cuda" if num_gpus else "cpu"), sweep.recipe.optim.precision))
     return launch(request)
 
 
@@ -194,7 +194,7 @@ def _check(sweep: Sweep, options: argparse.Namespace, num_gpus: int) -> tuple[di
     for data in {trial.recipe.data for trial in sweep.trials}:
         check_transforms(data)
     if options.cache_prefix:
-        from stadapter.prefix import check_pixels
+        from stadapter.training.token_cache import check_pixels
 
         for trial in sweep.trials:
             check_pixels(trial.recipe)
@@ -264,7 +264,7 @@ def _cores_per_process(options: argparse.Namespace, num_gpus: int) -> int:
 
 
 def _operation(options: argparse.Namespace, num_gpus: int) -> Operation:
-    from stadapter.train import Operation
+    from stadapter.training.options import Operation
 
     workers = options.num_workers
     if workers is None:
@@ -321,8 +321,8 @@ def _notes(sweep: Sweep, dead: dict[str, int], clips: dict[str, ClipList], optio
         need = disk_need(clips, recipe.data, recipe.optim.epochs, options.seeds)
         print(describe(need, options.cache_gb, options.seeds))
     if options.cache_prefix:
-        from stadapter import prefix
+        from stadapter.training import token_cache
 
         arms = {trial.arm: trial.recipe for trial in sweep.trials}
-        kept = {clips[split].fingerprint(): len(clips[split]) for split in prefix.kept_splits(sweep.recipe.data)}
-        print("\n".join(prefix.describe(list(arms.values()), options.cache_prefix, sum(kept.values()))))
+        kept = {clips[split].fingerprint(): len(clips[split]) for split in token_cache.kept_splits(sweep.recipe.data)}
+        print("\n".join(token_cache.describe(list(arms.values()), options.cache_prefix, sum(kept.values()))))

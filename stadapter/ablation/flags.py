@@ -10,16 +10,14 @@ from pathlib import Path
 from stadapter import config, recipes
 from stadapter.ablation.gpus import GPUS
 from stadapter.config import ConfigError, Recipe
-from stadapter.data.flags import add_reading_flags
 from stadapter.data.lists.storage import data_root
-from stadapter.speed_flags import add_speed_flags
-from stadapter.trials.record import DEFAULT_CHECKPOINT_EVERY_S
+from stadapter.training.flags import add_reading_flags, add_speed_flags
+from stadapter.training.options import DEFAULT_CHECKPOINT_EVERY_S, GPU_CLIPS_PER_PASS
 from stadapter.trials.sweep import DEFAULT_OUTPUT, DEFAULT_STORE
 
 Values = Sequence[str] | Callable[[Recipe], Sequence[str]]
 DEFAULT_SEEDS = 2
 DEFAULT_MAX_FAILURES = 2
-GPU_CLIPS_PER_PASS = 64  # the authors' batch per GPU
 
 EXIT_CODES = """\
 exit codes: 0 every trial asked for finished; 1 some trial failed; 2 the input cannot work, nothing was started;

@@ -26,7 +26,7 @@ from stadapter.trials.sweep import DEFAULT_STORE, FIGURE, SWEEP, Sweep, Trial, r
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
     from stadapter.ablation.tracking import Mirror
-    from stadapter.train import Operation
+    from stadapter.training.options import Operation
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from stadapter import machine
-from stadapter.ablation.flags import GPU_CLIPS_PER_PASS, check_gpu_flags
+from stadapter.ablation.flags import check_gpu_flags
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS, gpu_named
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.lists.formats import load_clips
 from stadapter.model.cost import Cost, cost_of, meta_model
-from stadapter.prefix import check_pixels
+from stadapter.training import hardware
+from stadapter.training.options import GPU_CLIPS_PER_PASS
+from stadapter.training.token_cache import check_pixels
 from stadapter.trials import record
 from stadapter.trials.status import Entry
 from stadapter.trials.sweep import Sweep, Trial
@@ -140,7 +141,7 @@ def _saved_bytes(recipe: Recipe, dtype: torch.dtype, clips: int, recompute: bool
 
 def rate_of(entries: Sequence[Entry], recipe: Recipe, gpu: str | None) -> tuple[float | None, str]:
     """Operations per second of one process, and where that number is from. `gpu` None: this machine's CPU."""
-    rates, here = [], machine.device_name(torch.device("cpu"))
+    rates, here = [], hardware.device_name(torch.device("cpu"))
     for entry in entries:
         if (done := entry.result) is None or done["precision"] != recipe.optim.precision:
             continue

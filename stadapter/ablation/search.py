@@ -27,7 +27,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from stadapter.ablation.tune import METRIC, Known, Range, Tried, apply
 from stadapter.config import Recipe
-from stadapter.train import Operation
+from stadapter.training.options import Operation
 from stadapter.trials import record
 
 FAILED_VALUE = 0.0  # what the search learns from a training that diverged: nothing is worse

@@ -26,7 +26,7 @@ from stadapter.data.lists.storage import is_remote
 from stadapter.trials import files
 from stadapter.trials.sweep import DEFAULT_OUTPUT
 
-COMMIT = "STADAPTER_COMMIT"  # tells a run that is in no git checkout which commit it runs; see stadapter.machine
+COMMIT = "STADAPTER_COMMIT"  # tells a run that is in no git checkout which commit it runs; see trials.provenance
 MAX_CODE_BYTES = 200_000_000
 MAX_STEM = 20  # an id then fits the 47 characters that KubeRay allows
 

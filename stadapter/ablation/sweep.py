@@ -2,8 +2,8 @@
 
 A trial that fits one process runs inside a Tune function whose process the next trial uses again. A trial that needs
 several processes is a Tune function that starts Ray Train inside and holds no CPU itself, or two CPUs would wait for
-each other for ever. Either way the work is `stadapter.train.train`, and what it writes into the trial's folder is the
-only result: Tune's own results are not read, so a driver that dies loses nothing.
+each other for ever. Either way the work is `stadapter.training.loop.train`, and what it writes into the trial's folder
+is the only result: Tune's own results are not read, so a driver that dies loses nothing.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ import torch.distributed as dist
 from ray import tune
 
 from stadapter.config import ConfigError, Recipe
-from stadapter.running import Stopped
-from stadapter.train import Operation, World, train
+from stadapter.training.loop import World, train
+from stadapter.training.options import Operation
+from stadapter.training.state import Stopped
 from stadapter.trials import files, lock, record
 from stadapter.trials.stop import GentleStop, Standstill, moving, watch
 from stadapter.trials.sweep import Trial

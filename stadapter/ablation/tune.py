@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stadapter import config, recipes
-from stadapter.ablation.flags import GPU_CLIPS_PER_PASS
 from stadapter.config import ConfigError, Recipe, Strategy
 from stadapter.data.lists.storage import data_root
+from stadapter.training.options import GPU_CLIPS_PER_PASS
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Trial
 
@@ -189,7 +189,7 @@ def _search(
 ) -> list[Tried]:
     import torch
 
-    from stadapter.train import Operation
+    from stadapter.training.options import Operation
 
     there = torch.cuda.device_count()
     num_gpus = there if options.num_gpus is None else options.num_gpus

@@ -23,7 +23,6 @@ from stadapter.trials.files import remove_parts, write_json
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
 TRAINED, RESULT = "trained.safetensors", "result.json"
-DEFAULT_CHECKPOINT_EVERY_S = 600.0  # within an epoch
 
 
 def prepare_folder(folder: Path, recipe: Recipe) -> None:

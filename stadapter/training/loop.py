@@ -15,11 +15,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,79 +26,28 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stadapter import machine
-from stadapter.config import ConfigError, DataConfig, Recipe, flatten, identity
+from stadapter.config import Recipe, flatten, identity
 from stadapter.data.bad_clips import BadClips
-from stadapter.data.cache.frames import open_cache
-from stadapter.data.cache.tokens import Rows
-from stadapter.data.clips import ClipDataset, Elsewhere, steps_per_epoch, test_loader, train_loader
-from stadapter.data.flags import DEFAULT_MAX_BAD_SHARE
+from stadapter.data.clips import steps_per_epoch, test_loader, train_loader
 from stadapter.data.lists.formats import ClipList, load_clips
-from stadapter.data.lists.storage import DEFAULT_SPILL_GB, default_spill
-from stadapter.data.reader import DEFAULT_TIME_LIMIT_S, Reading
-from stadapter.data.video.decoding import Backend
-from stadapter.evaluate import evaluate
 from stadapter.model import model_file
 from stadapter.model.build import build_model, cast_frozen
 from stadapter.model.cost import cost_of
 from stadapter.model.state import trainable_parameters
-from stadapter.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
-from stadapter.prefix import kept_splits, open_prefix
-from stadapter.running import Clock, Learner, Run, World
+from stadapter.training import hardware
+from stadapter.training.evaluate import evaluate
+from stadapter.training.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
+from stadapter.training.options import Operation
+from stadapter.training.runtime import PRECISIONS, World, make_dataset
+from stadapter.training.state import Clock, Learner, Run
+from stadapter.training.token_cache import kept_splits, open_prefix
 from stadapter.trials import files, provenance, record
 
 TEST_BATCH_FACTOR = 4  # without a graph, a pass of this many times the clips fits the same memory
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TrainingError(RuntimeError):
     """The training cannot go on, and its numbers must not be used. One line: what, when, and what to try."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """Where and how a training runs: nothing here may change its numbers."""
-
-    data_root: str | Path | None = None  # a folder or an address
-    weights_file: Path | None = None
-    num_workers: int = 0  # loader processes per training process; 0 decodes in the loop
-    clips_per_pass: int | None = None  # upper bound per process, for memory; None: its share of the global batch
-    max_bad_share: float = DEFAULT_MAX_BAD_SHARE  # of a list's clips; above it, unreadable clips stop the training
-    clip_time_limit_s: float = DEFAULT_TIME_LIMIT_S  # after which reading a clip is given up
-    spill_gb: float = DEFAULT_SPILL_GB  # local copies of clips that lie at addresses
-    decoder: Backend = "auto"
-    cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
-    elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
-    checkpoint_every_s: float = record.DEFAULT_CHECKPOINT_EVERY_S  # in an epoch; 0: every step
-    cache_prefix_gb: float = 0  # tokens behind frozen blocks, on this node's disk; 0 keeps none
-    recompute: bool = False  # the MLPs' activations in the backward pass: less memory, more time, the same bits
-    compile: bool = False  # by torch.compile: minutes at the start, and other rounding
-
-    def __post_init__(self) -> None:
-        if self.clips_per_pass is not None and self.clips_per_pass < 1:
-            raise ConfigError(f"--clips-per-pass {self.clips_per_pass}: must be at least 1")
-        if self.num_workers < 0:
-            raise ConfigError(f"--num-workers {self.num_workers}: must be at least 0")
-        if self.cache_prefix_gb and self.elsewhere is not None:
-            raise ConfigError(
-                "--cache-prefix: not together with --decode-on-cluster, whose nodes do not have the tokens kept here"
-            )
-        if not self.checkpoint_every_s >= 0:
-            raise ConfigError(f"--checkpoint-every {self.checkpoint_every_s}: must be at least 0 seconds")
-
-
-def join_world() -> World:
-    """The world torchrun describes in the environment, its process group started; a world of one without torchrun."""
-    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in torchrun.items())
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
 
 
 Report = Callable[[dict[str, Any]], None]
@@ -136,8 +83,8 @@ def train(
         record.check_config(folder, recipe)
         record.check_data(folder, record.fingerprints(finished), seen)
         return finished
-    machine.reset_peak_memory(world.device)
-    chosen = machine.set_up(world.device, optim.precision)
+    hardware.reset_peak_memory(world.device)
+    chosen = hardware.set_up(world.device, optim.precision)
     epoch_steps = steps_per_epoch(len(clips["train"]), optim.global_batch, data.repeated_augmentation)
     if world.rank == 0:
         record.prepare_folder(folder, recipe)
@@ -183,8 +130,8 @@ def train(
         "seconds": run.clock.seconds(),
         "cpu_seconds": run.clock.cpu_seconds(),
         "launches": run.launches,
-        "peak_memory_mib": machine.peak_memory_mib(world.device),
-        "device": machine.device_name(world.device),
+        "peak_memory_mib": hardware.peak_memory_mib(world.device),
+        "device": hardware.device_name(world.device),
         "processes": world.size,
         "threads": torch.get_num_threads(),
         "precision": optim.precision,
@@ -231,22 +178,6 @@ def _make_learner(recipe: Recipe, operation: Operation, world: World) -> Learner
         replica = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=optim.precision == "float16")
     return Learner(recipe, world, model, replica, make_optimizer(model, optim), scaler, frozen_sha256)
-
-
-def make_dataset(
-    clips: ClipList, data: DataConfig, seed: int, operation: Operation, *, train: bool, rows: Rows | None = None
-) -> ClipDataset:
-    """The clips as pixels, read as the operation says; as tokens where `rows` has them."""
-    # The whole embedded world fits in memory, and the next trial in this process finds it there.
-    in_memory = data.dataset.startswith("embedded_") and operation.num_workers == 0
-    reading = Reading(
-        decoder=operation.decoder,
-        time_limit_s=operation.clip_time_limit_s,
-        in_memory=in_memory,
-        spill=default_spill(operation.spill_gb),
-        cache=open_cache(clips.root, operation.cache_gb, operation.decoder, data.decoded_short_side),
-    )
-    return ClipDataset(clips, data, seed, train=train, reading=reading, rows=rows)
 
 
 def _load_steps(

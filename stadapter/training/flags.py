@@ -1,4 +1,4 @@
-"""The flags about reading clips that every command shares. None of them changes a number."""
+"""The flags that every command which trains or tests shares. They change a number by rounding at most."""
 
 from __future__ import annotations
 
@@ -10,8 +10,24 @@ from stadapter.config import ConfigError
 from stadapter.data.lists.storage import DEFAULT_SPILL_GB
 from stadapter.data.reader import DEFAULT_TIME_LIMIT_S
 from stadapter.data.video.decoding import Backend, check_backend
+from stadapter.training.options import DEFAULT_MAX_BAD_SHARE
 
-DEFAULT_MAX_BAD_SHARE = 0.05
+
+def add_speed_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--recompute", action="store_true",
+        help="compute the MLPs again in the backward pass: less memory, more time, the same numbers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="compile the model by torch.compile: a minute or more at the start of each training process, then faster "
+        "steps; numbers differ by rounding",
+    )  # fmt: skip
+
+
+def speed_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """As fields of `train.Operation`."""
+    return {"recompute": options.recompute, "compile": options.compile}
 
 
 def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -18,21 +18,13 @@ from stadapter.config import Recipe
 from stadapter.data.bad_clips import BadClips
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import load_trainable_state, trainable_state
-from stadapter.prefix import Prefix
+from stadapter.training.runtime import World
+from stadapter.training.token_cache import Prefix
 from stadapter.trials import checkpoint, files, record
 
 
 class Stopped(Exception):
     """The training was asked to end, and a checkpoint of where it stood is written. One line: where that was."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that share one training. `rank` 0 writes."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)
