@@ -172,9 +172,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     import torch.distributed as dist
     from tqdm import tqdm
 
-    from stadapter import inference
     from stadapter.data.bad_clips import BadClipsError
     from stadapter.data.lists.formats import load_clips
+    from stadapter.inference import trained
     from stadapter.training.options import Operation
     from stadapter.training.runtime import join_world
 
@@ -185,7 +185,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.clips_per_pass,
         **reading_flags(options),
     )
-    model, recipe, header = inference.open_trained(
+    model, recipe, header = trained.open_trained(
         options.model, weights_file=options.weights, changes=_fields(options.overrides)
     )
     clips = load_clips(recipe.data, options.data_root, "test")
@@ -206,7 +206,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     try:
         with bar:
-            metrics = inference.test(model, recipe, operation, world, clips, watch)
+            metrics = trained.test(model, recipe, operation, world, clips, watch)
     except BadClipsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -223,14 +223,14 @@ def _predict(options: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from stadapter import inference, predict
+    from stadapter.inference import predict, trained
     from stadapter.training.options import Operation
 
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: must be at least 1")
     operation = Operation(num_workers=options.num_workers, clips_per_pass=options.clips_per_pass)
     videos = predict.find_videos(options.videos)
-    model, recipe, header = inference.open_trained(options.model, weights_file=options.weights)
+    model, recipe, header = trained.open_trained(options.model, weights_file=options.weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unreadable = 0
     with tqdm(total=len(videos), unit=" videos", file=sys.stderr, disable=None) as bar:
@@ -249,12 +249,12 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stadapter import inference
     from stadapter.data.transforms import pixel_dtype
-    from stadapter.export import ExportError, export
+    from stadapter.inference import trained
+    from stadapter.inference.export import ExportError, export
 
     _check_output(options.output, ".pt2", ".onnx")
-    model, recipe, _ = inference.open_trained(options.model, weights_file=options.weights)
+    model, recipe, _ = trained.open_trained(options.model, weights_file=options.weights)
     try:
         difference = export(model, recipe, options.output)
     except ExportError as error:
@@ -268,8 +268,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from stadapter import convert
     from stadapter.data.lists.formats import load_clips
+    from stadapter.inference import authors
     from stadapter.trials import record
 
     _check_output(options.output, ".safetensors", ".pth")
@@ -279,15 +279,15 @@ def _convert(options: argparse.Namespace) -> int:
                 f"{options.model}: holds its recipe; --recipe, --set and --data-root are for an authors' .pth"
             )
         file = options.model / record.TRAINED if options.model.is_dir() else options.model
-        dtype = convert.to_authors(file, options.output, weights_file=options.weights)
+        dtype = authors.to_authors(file, options.output, weights_file=options.weights)
         print(f"{options.output}: the backbone in {str(dtype).removeprefix('torch.')}, adapters and head in float32")
         return 0
     if options.overrides and not options.recipe:
         raise ConfigError(f"--set {options.overrides[0]}: say of which --recipe")
     base = config.replace(recipes.get(options.recipe), **_fields(options.overrides)) if options.recipe else None
-    model, recipe = convert.from_authors(options.model, base, weights_file=options.weights)
+    model, recipe = authors.from_authors(options.model, base, weights_file=options.weights)
     names = load_clips(recipe.data, options.data_root, "test").class_names if options.data_root else ()
-    convert.save_converted(options.output, model, recipe, names)
+    authors.save_converted(options.output, model, recipe, names)
     adapter, chosen = recipe.adapter, recipe.adapter.blocks
     where = "all blocks" if chosen is None else f"blocks {', '.join(map(str, chosen))}"
     size = "x".join(map(str, adapter.kernel_size))

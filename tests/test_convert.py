@@ -11,10 +11,11 @@ import torch
 from authors import authors_file, golden_backbone, golden_recipe, is_theirs
 from test_golden import FILES, PLACEMENTS, Golden, assert_relative
 
-from stadapter import config, convert, recipes
+from stadapter import config, recipes
 from stadapter.__main__ import main
-from stadapter.checkpoints import from_authors as our_names
 from stadapter.config import ConfigError, Recipe
+from stadapter.inference import authors
+from stadapter.inference.authors import our_names
 from stadapter.model import model_file
 from stadapter.model.build import build_model
 from stadapter.model.model_file import Header, load
@@ -37,7 +38,7 @@ def rounded(golden: Golden) -> torch.Tensor:
 
 def test_a_float32_checkpoint_gives_the_authors_logits_and_its_recipe(golden: Golden, tmp_path: Path) -> None:
     file = authors_file(tmp_path / "theirs.pth", golden)
-    model, recipe = convert.from_authors(file, golden_recipe())
+    model, recipe = authors.from_authors(file, golden_recipe())
     assert_relative(model.forward_normalised(golden.input_BTCHW), golden.tensors["logits"], "logits")
     c = golden.config
     blocks = tuple(range(c["layers"] - c["adapter_layers"], c["layers"]))
@@ -54,7 +55,7 @@ def test_a_float32_checkpoint_gives_the_authors_logits_and_its_recipe(golden: Go
 
 def test_a_half_precision_backbone_loses_no_more_than_its_digits(golden: Golden, tmp_path: Path) -> None:
     file = authors_file(tmp_path / "theirs.pth", golden, half=True)
-    convert.save_converted(tmp_path / "ours.safetensors", *convert.from_authors(file, golden_recipe()))
+    authors.save_converted(tmp_path / "ours.safetensors", *authors.from_authors(file, golden_recipe()))
     model, _ = load(tmp_path / "ours.safetensors")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     logits = model.forward_normalised(golden.input_BTCHW)
@@ -67,8 +68,8 @@ def test_a_half_precision_backbone_loses_no_more_than_its_digits(golden: Golden,
 def test_back_in_the_authors_layout_every_bit_is_theirs(golden: Golden, tmp_path: Path, half: bool) -> None:
     theirs = authors_file(tmp_path / "theirs.pth", golden, half=half)
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth"
-    convert.save_converted(ours, *convert.from_authors(theirs, golden_recipe()))
-    assert convert.to_authors(ours, back) == (torch.float16 if half else torch.float32)
+    authors.save_converted(ours, *authors.from_authors(theirs, golden_recipe()))
+    assert authors.to_authors(ours, back) == (torch.float16 if half else torch.float32)
     before, after = (torch.load(file, weights_only=True)["model"] for file in (theirs, back))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -80,7 +81,7 @@ def test_a_checkpoint_without_its_backbone_takes_it_as_their_code_does(golden: G
     torch.save({name: tensor for name, tensor in golden.state.items() if not is_theirs(name)}, clip)
     file = authors_file(tmp_path / "theirs.pth", golden, backbone=False)
     recipe = config.replace(golden_recipe(), **{"data.frame_size": 32})
-    model, recipe = convert.from_authors(file, recipe, weights_file=clip)
+    model, recipe = authors.from_authors(file, recipe, weights_file=clip)
     assert_relative(model.forward_normalised(golden.input_BTCHW), rounded(golden), "logits")
     assert len(recipe.backbone.weights) == 64
 
@@ -102,7 +103,7 @@ def published(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("recipe", [recipes.ssv2_clip_b16, recipes.kinetics400_clip_b16], ids=lambda r: r.name)
 def test_the_published_layouts_are_the_authors_recipes(recipe: Recipe) -> None:
-    assert convert.recipe_of(our_names(published(recipe)), None, "theirs.pth") == recipe
+    assert authors.recipe_of(our_names(published(recipe)), None, "theirs.pth") == recipe
 
 
 # --- what cannot work
@@ -113,7 +114,7 @@ def refuse_reading(tmp_path: Path, why: str, base: Recipe | None, change: Any) -
     golden.state = copy.copy(golden.state)
     change(golden.state)
     with pytest.raises(ConfigError, match=why) as refused:
-        convert.from_authors(authors_file(tmp_path / "theirs.pth", golden), base)
+        authors.from_authors(authors_file(tmp_path / "theirs.pth", golden), base)
     assert "\n" not in str(refused.value)
 
 
@@ -155,7 +156,7 @@ def test_models_that_the_authors_code_does_not_have_are_refused(
     recipe = config.replace(golden_recipe(), **plain | fields)
     model_file.write(tmp_path / "ours.safetensors", build_model(recipe).state_dict(), Header(recipe))
     with pytest.raises(ConfigError, match=why):
-        convert.to_authors(tmp_path / "ours.safetensors", tmp_path / "theirs.pth")
+        authors.to_authors(tmp_path / "ours.safetensors", tmp_path / "theirs.pth")
     assert not (tmp_path / "theirs.pth").exists()
 
 

@@ -13,10 +13,11 @@ from authors import authors_file, golden_recipe
 from test_golden import FILES, Golden
 from torch import Tensor
 
-from stadapter import config, convert
+from stadapter import config
 from stadapter.__main__ import main
 from stadapter.config import ConfigError, Recipe
-from stadapter.export import ExportError, export
+from stadapter.inference import authors
+from stadapter.inference.export import ExportError, export
 from stadapter.model.build import classifier
 from stadapter.model.classifier import VideoClassifier
 
@@ -36,8 +37,8 @@ def trained(folder: Path, stem: str, **fields: Any) -> Trained:
     golden = Golden(next(file for file in FILES if file.stem == stem))
     golden.state = {name: tensor for name, tensor in golden.state.items() if "resblocks.2." not in name}
     base = config.replace(golden_recipe(2), **{"data.num_frames": 4} | fields)
-    model, recipe = convert.from_authors(authors_file(folder / "theirs.pth", golden), base)
-    convert.save_converted(folder / "ours.safetensors", model, recipe)
+    model, recipe = authors.from_authors(authors_file(folder / "theirs.pth", golden), base)
+    authors.save_converted(folder / "ours.safetensors", model, recipe)
     return model, recipe, folder / "ours.safetensors"
 
 

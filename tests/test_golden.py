@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from stadapter.backbone.vit import ViT, VitShape
-from stadapter.checkpoints import from_authors, to_authors
 from stadapter.config import AdapterConfig
+from stadapter.inference.authors import authors_names, our_names
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import trainable_parameters
 from stadapter.model.strategies import freeze
@@ -26,7 +26,7 @@ class Golden:
             self.config = json.loads(opened.metadata()["config"])
             self.tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         self.state = self.group("state.")
-        self.gradients = from_authors(self.group("grad."))
+        self.gradients = our_names(self.group("grad."))
         self.input_BTCHW = self.tensors["input"].transpose(1, 2)
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ class Golden:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the dead adapter
             model = VideoClassifier(ViT(shape), c["num_classes"], adapter)
-        model.load_state_dict(from_authors(self.state))
+        model.load_state_dict(our_names(self.state))
         freeze(model, "st_adapter", train_final_norm=False)
         return model
 
@@ -98,6 +98,6 @@ def test_gradients_stop_at_the_frozen_backbone(golden) -> None:
 
 
 def test_checkpoint_names_survive_the_round_trip(golden) -> None:
-    back = to_authors(golden.model().state_dict())
+    back = authors_names(golden.model().state_dict())
     assert back.keys() == golden.state.keys()
     assert all(torch.equal(back[name], golden.state[name]) for name in back)

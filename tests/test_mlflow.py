@@ -25,8 +25,8 @@ from test_docs import BLOCK, ROOT
 
 from stadapter.ablation import table
 from stadapter.config import ConfigError, Recipe
-from stadapter.inference import open_trained
-from stadapter.predict import predict
+from stadapter.inference.predict import predict
+from stadapter.inference.trained import open_trained
 from stadapter.trials.sweep import Arm, make_sweep, records, save_sweep
 
 KERNEL = made_up.kernel_sweep(2)

@@ -16,8 +16,8 @@ from stadapter.__main__ import main
 from stadapter.config import ConfigError
 from stadapter.data.clips import ClipDataset
 from stadapter.data.lists.formats import load_clips
-from stadapter.inference import open_trained, test
-from stadapter.predict import find_videos, predict, top_classes
+from stadapter.inference.predict import find_videos, predict, top_classes
+from stadapter.inference.trained import open_trained, test
 from stadapter.training.options import Operation
 from stadapter.trials import record
 

@@ -47,7 +47,7 @@ from stadapter.version import __version__
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 _COSTS = ("trainable_params", "macs_per_view", "seconds", "cpu_seconds", "peak_memory_mib")
 _ARTIFACTS = (record.CONFIG, record.METRICS, record.RESULT)
-_MODEL, _MODEL_CODE = "model", "stadapter.ablation.mlflow_model"  # not imported here: it needs torch
+_MODEL, _MODEL_CODE = "model", "stadapter.inference.mlflow_pyfunc"  # not imported here: it needs torch
 _MOST_METRICS = 800  # in a batch: MLflow takes 1,000 entries, parameters and tags counted in
 _PARENT, _NOTE = "mlflow.parentRunId", "mlflow.note.content"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data.clips import test_loader
 from stadapter.data.lists.formats import VIDEO_SUFFIXES, ClipList
-from stadapter.inference import CLIPS_PER_PASS, put_on
+from stadapter.inference.trained import CLIPS_PER_PASS, put_on
 from stadapter.model.classifier import VideoClassifier
 from stadapter.training.evaluate import mean_probability
 from stadapter.training.options import Operation

@@ -18,13 +18,53 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stadapter import checkpoints, config, recipes
+from stadapter import config, recipes
 from stadapter.backbone.load import describe_backbone, load_backbone
-from stadapter.backbone.state_dicts import read_tensors
+from stadapter.backbone.state_dicts import from_open_clip, read_tensors, to_open_clip
 from stadapter.config import ConfigError, Recipe
 from stadapter.model import model_file
 from stadapter.model.classifier import VideoClassifier
 from stadapter.trials import files
+
+_ADAPTER = re.compile(
+    r"transformer\.resblocks\.(\d+)\.(adapter_pre_attn|adapter_pre_mlp)\.(fc1|conv|fc2)\.(weight|bias)"
+)
+_PLACES = {"adapter_pre_attn": "before", "adapter_pre_mlp": "after"}
+_LAYERS = {"fc1": "down", "conv": "conv", "fc2": "up"}
+
+
+def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state of the authors' model, whole or in part, under the names of `VideoClassifier`."""
+    ours: dict[str, Tensor] = {}
+    backbone: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if match := _ADAPTER.fullmatch(name):
+            block, place, layer, kind = match.groups()
+            ours[f"{_PLACES[place]}.{block}.{_LAYERS[layer]}.{kind}"] = tensor
+        elif name in ("fc.weight", "fc.bias"):
+            ours[f"head.{name[3:]}"] = tensor
+        else:
+            backbone[name] = tensor
+    return ours | {f"vit.{name}": tensor for name, tensor in from_open_clip(backbone).items()}
+
+
+def authors_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `our_names`."""
+    places = {ours: theirs for theirs, ours in _PLACES.items()}
+    layers = {ours: theirs for theirs, ours in _LAYERS.items()}
+    theirs: dict[str, Tensor] = {}
+    backbone: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        group, _, rest = name.partition(".")
+        if group in places:
+            block, layer, kind = rest.split(".")
+            theirs[f"transformer.resblocks.{block}.{places[group]}.{layers[layer]}.{kind}"] = tensor
+        elif group == "head":
+            theirs[f"fc.{rest}"] = tensor
+        else:
+            backbone[rest] = tensor
+    return theirs | to_open_clip(backbone)
+
 
 _DATASETS = {174: "ssv2", 400: "kinetics400"}  # by number of classes
 _BACKBONES = {768: "clip_b16", 1024: "clip_l14"}  # by width
@@ -40,7 +80,7 @@ def from_authors(
     theirs is. ConfigError for a file that cannot be read safely, is of another model, or does not fit the recipe.
     """
     theirs = {name: tensor.float() for name, tensor in read_tensors(Path(file)).items()}
-    state = checkpoints.from_authors(theirs)
+    state = our_names(theirs)
     recipe = recipe_of(state, base, str(file))
     if any(name.startswith("vit.") for name in state):
         if weights_file is not None:
@@ -106,7 +146,7 @@ def to_authors(file: str | Path, output: str | Path, *, weights_file: Path | Non
     model, header = model_file.load(file, weights_file=weights_file)
     assert header.recipe is not None  # or load would have refused it
     _check_theirs(header.recipe, str(file))
-    state = checkpoints.to_authors(model.state_dict())
+    state = authors_names(model.state_dict())
     frozen = [name for name in state if ".adapter_pre_" not in name and not name.startswith("fc.")]
     dtype = torch.float16 if all(torch.equal(state[n].half().float(), state[n]) for n in frozen) else torch.float32
     buffer = io.BytesIO()
