@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from stadapter import config, recipes
-from stadapter.ablation import table
 from stadapter.config import Recipe
 from stadapter.data.lists.embedded import MOTION_CLASSES, render_clip, write_mp4
 from stadapter.data.lists.formats import load_clips
+from stadapter.results import table
 from stadapter.trials import record, status
 from stadapter.trials.sweep import Arm, Sweep, make_sweep, records, save_sweep
 

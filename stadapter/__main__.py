@@ -1,7 +1,8 @@
 """The console command, `stadapter` or `python -m stadapter`: every command, over the functions that scripts use.
 
-`train` is here, in this process or under torchrun. Commands about trained models are in `stadapter.commands`, those
-about sweeps in `stadapter.ablation`, about data in `stadapter.data`. Nothing heavy is imported before a command runs.
+`train` is here, in this process or under torchrun. Commands about trained models are in `stadapter.commands.models`,
+those about sweeps in `stadapter.ablation`, about data in `stadapter.data`. Nothing heavy is imported before a command
+runs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stadapter import commands, config, recipes
+from stadapter import config, recipes
 from stadapter.ablation import __main__ as sweeps
 from stadapter.ablation import submit
-from stadapter.commands import Commands, add_parser
+from stadapter.commands import models
+from stadapter.commands.models import Commands, add_parser
 from stadapter.config import ConfigError, Recipe
 from stadapter.data import __main__ as data
 from stadapter.data.lists.storage import data_root
@@ -71,10 +73,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stadapter {__version__}")
     each: Commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(each)
-    commands.add_evaluate(each)
-    commands.add_predict(each)
-    commands.add_export(each)
-    commands.add_convert(each)
+    models.add_evaluate(each)
+    models.add_predict(each)
+    models.add_export(each)
+    models.add_convert(each)
     add_plan(each)
     of_sweeps = add_group(each, "sweep", "look at sweeps that have run, and search for settings")
     for add in (sweeps.add_status, sweeps.add_table, sweeps.add_ui, sweeps.add_tune):
@@ -93,7 +95,7 @@ def add_group(commands: Commands, name: str, summary: str) -> Commands:
 
 def add_plan(commands: Commands) -> None:
     parser = add_parser(
-        commands,
+        models,
         "plan",
         "say what a sweep would cost, and start nothing",
         "Say which trials of a script's sweep are done, and what the others will cost: the script with\n"
@@ -115,7 +117,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def add_completion(commands: Commands) -> None:
     parser = add_parser(
-        commands,
+        models,
         "completion",
         "print what makes a shell complete these commands",
         "Print a script that makes bash or zsh complete commands and flags.",
@@ -136,7 +138,7 @@ def _completion(options: argparse.Namespace) -> int:
 
 def add_train(commands: Commands) -> None:
     train = add_parser(
-        commands,
+        models,
         "train",
         "train and test one recipe",
         "Train and test one recipe, in this process, or in several under torchrun:\n\n"

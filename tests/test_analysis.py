@@ -14,12 +14,16 @@ import made_up
 import pytest
 from scipy import stats
 
-import analysis
-from analysis.__main__ import main
-from analysis.content import glance
 from stadapter import config, recipes
-from stadapter.ablation import table
 from stadapter.ablation.tracking import sync
+from stadapter.commands.report import main
+from stadapter.results import table
+from stadapter.results.content import finding, glance
+from stadapter.results.figure import draw
+from stadapter.results.frames import arms_frame, trials_frame
+from stadapter.results.latex import to_latex
+from stadapter.results.report import write_report
+from stadapter.results.sources import Answer, from_folder, from_mlflow
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Arm, make_sweep, sweep_folders
 
@@ -40,15 +44,15 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answer(output: Path, name: str) -> analysis.Answer:
-    (found,) = (a for a in analysis.from_folder(output) if a.sweep.name == name)
+def answer(output: Path, name: str) -> Answer:
+    (found,) = (a for a in from_folder(output) if a.sweep.name == name)
     return found
 
 
 def test_the_frame_of_arms_is_the_statistics_of_the_frame_of_trials(output: Path) -> None:
     kernel = answer(output, "kernel")
-    trials = analysis.trials_frame(kernel)
-    arms = analysis.arms_frame(kernel).set_index("arm")
+    trials = trials_frame(kernel)
+    arms = arms_frame(kernel).set_index("arm")
     done = trials[trials.status == "finished"]
     wide = done.pivot(index="seed", columns="arm", values="top1")
     for arm in made_up.KERNEL:
@@ -77,12 +81,12 @@ def test_a_missing_trial_is_a_marked_hole(output: Path) -> None:
 def test_an_arm_without_any_result_is_a_row_of_dashes_and_no_error(tmp_path: Path) -> None:
     sweep = made_up.kernel_sweep(1)
     made_up.write(sweep, tmp_path, made_up.KERNEL, leave_out=0)
-    (found,) = analysis.from_folder(tmp_path)
+    (found,) = from_folder(tmp_path)
     assert table.grid(found.rows)[1][1:3] == ["-", "-"]
-    analysis.write_report([found], tmp_path / "report")
+    write_report([found], tmp_path / "report")
     for trial in sweep.trials:
         (trial.folder(tmp_path) / record.RESULT).unlink(missing_ok=True)
-    analysis.write_report(analysis.from_folder(tmp_path), tmp_path / "nothing")
+    write_report(from_folder(tmp_path), tmp_path / "nothing")
     assert "no trial has finished" in (tmp_path / "nothing" / "report.md").read_text()
 
 
@@ -92,7 +96,7 @@ def test_a_number_that_is_not_finite_is_a_hole_too(tmp_path: Path) -> None:
     first = sweep.trials[0]
     broken = made_up.result(first, 50.0) | {"metrics": {"top1": float("nan")}}
     files.write_json(first.folder(tmp_path) / record.RESULT, broken)
-    (found,) = analysis.from_folder(tmp_path)
+    (found,) = from_folder(tmp_path)
     assert found.rows[0].hole == "1 of 2"
     assert found.rows[0].top1 is not None and found.rows[0].top1.n == 1
 
@@ -102,11 +106,11 @@ def test_a_diverged_trial_is_marked(tmp_path: Path) -> None:
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     first = sweep.trials[0]
     files.write_json(first.folder(tmp_path) / record.RESULT, made_up.result(first, 8.0, diverged=True))
-    (found,) = analysis.from_folder(tmp_path)
+    (found,) = from_folder(tmp_path)
     text = table.to_text(found.sweep, found.records)
     assert re.search(r"kernel 1x3x3 .*†", text)
     assert "† the training of at least one seed diverged" in text
-    assert list(analysis.trials_frame(found).status)[:2] == ["diverged", "finished"]
+    assert list(trials_frame(found).status)[:2] == ["diverged", "finished"]
 
 
 def test_a_table_of_one_seed_has_no_error_bar_and_says_why(output: Path) -> None:
@@ -114,8 +118,8 @@ def test_a_table_of_one_seed_has_no_error_bar_and_says_why(output: Path) -> None
     text = table.to_text(width.sweep, width.records)
     assert "±" not in text and "interval  " not in text.splitlines()[0]
     assert "One seed per arm: no error bar" in text
-    assert "Differences cannot be tested" in analysis.finding(width)
-    figure = analysis.draw(width)
+    assert "Differences cannot be tested" in finding(width)
+    figure = draw(width.rows)
     segments = [s for container in figure.axes[0].containers for s in container.lines[2][0].get_segments()]
     assert all(len(segment) == 0 for segment in segments)
 
@@ -126,13 +130,13 @@ def test_trials_tested_on_different_clips_raise_a_warning(tmp_path: Path) -> Non
     first = sweep.trials[0]
     other = {"train": {"fingerprint": "0", "clips": 1}, "test": {"fingerprint": "2", "clips": 1}}
     files.write_json(first.folder(tmp_path) / record.RESULT, made_up.result(first, 48.0, data=other))
-    (found,) = analysis.from_folder(tmp_path)
+    (found,) = from_folder(tmp_path)
     assert any(note.startswith("WARNING: the trials were not tested on the same clips") for note in found.notes)
 
 
 def test_latex_is_a_booktabs_table(output: Path) -> None:
-    for found in analysis.from_folder(output):
-        text = analysis.to_latex(found)
+    for found in from_folder(output):
+        text = to_latex(found)
         for environment in ("table", "tabular"):
             assert text.count(f"\\begin{{{environment}}}") == text.count(f"\\end{{{environment}}}") == 1
         assert [text.count(rule) for rule in ("\\toprule", "\\midrule", "\\bottomrule")] == [1, 1, 1]
@@ -152,7 +156,7 @@ def test_latex_is_a_booktabs_table(output: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no pdflatex on this machine")
 def test_latex_compiles_and_no_table_is_wider_than_its_column(output: Path, tmp_path: Path) -> None:
-    tables = "\n".join(analysis.to_latex(found) for found in analysis.from_folder(output))
+    tables = "\n".join(to_latex(found) for found in from_folder(output))
     packages = "\\usepackage{booktabs}\n\\usepackage{graphicx}"
     document = f"\\documentclass[twocolumn]{{article}}\n{packages}\n\\begin{{document}}\n{tables}\n\\end{{document}}\n"
     (tmp_path / "tables.tex").write_text(document)
@@ -170,12 +174,12 @@ def test_differences_that_are_equal_in_all_seeds_are_said_to_be_untested(tmp_pat
         if trial.arm in accuracies:
             top1 = accuracies[trial.arm][trial.seed]
             files.write_json(trial.folder(tmp_path) / record.RESULT, made_up.result(trial, top1))
-    (found,) = analysis.from_folder(tmp_path)
+    (found,) = from_folder(tmp_path)
     rows = {row.arm: row for row in found.rows}
     assert rows["kernel 1x3x3"].untestable and not rows["kernel 5x3x3"].untestable
     assert any(note.startswith("No p-value: kernel 1x3x3; ") for note in found.notes)
     assert glance([found])[1][5].endswith(" of 2 arms; 1 not testable")
-    assert "kernel 1x3x3 differs by -56.0 points in every seed" in analysis.finding(found)
+    assert "kernel 1x3x3 differs by -56.0 points in every seed" in finding(found)
     tested = rows["kernel 5x3x3"].difference
     assert tested is not None and tested.p is not None and tested.p_holm is not None
     assert tested.p_holm >= min(1.0, 2 * tested.p)  # three comparisons, of which one has no p-value
@@ -183,9 +187,9 @@ def test_differences_that_are_equal_in_all_seeds_are_said_to_be_untested(tmp_pat
 
 def test_the_same_report_from_mlflow_and_from_the_folder(output: Path, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    for found in analysis.from_folder(output):
+    for found in from_folder(output):
         sync(found.sweep, output, store)
-    assert analysis.from_mlflow(store) == analysis.from_folder(output)
+    assert from_mlflow(store) == from_folder(output)
     assert main(["--output", str(output), "--report", str(tmp_path / "a")]) == 0
     assert main(["--tracking-uri", store, "--report", str(tmp_path / "b")]) == 0
     written = sorted(
@@ -197,8 +201,8 @@ def test_the_same_report_from_mlflow_and_from_the_folder(output: Path, tmp_path:
 
 
 def test_the_report_leads_from_a_number_to_its_runs(output: Path, tmp_path: Path) -> None:
-    answers = analysis.from_folder(output)
-    page = analysis.write_report(answers, tmp_path).read_text()
+    answers = from_folder(output)
+    page = write_report(answers, tmp_path).read_text()
     text = (tmp_path / "report.md").read_text()
     for found in answers:
         for trial, result in zip(found.sweep.trials, found.records, strict=True):
@@ -213,7 +217,7 @@ def test_the_report_leads_from_a_number_to_its_runs(output: Path, tmp_path: Path
 
 
 def test_figures_have_axes_with_units_and_a_point_per_arm(output: Path) -> None:
-    kernel = analysis.draw(answer(output, "kernel"))
+    kernel = draw(answer(output, "kernel").rows)
     assert kernel.axes[0].get_xlabel() == "temporal extent of the kernel (frames)"
     assert {axes.get_ylabel() for axes in kernel.axes} == {"top-1 accuracy (%)"}
     line = kernel.axes[0].containers[0].lines[0]
@@ -221,12 +225,12 @@ def test_figures_have_axes_with_units_and_a_point_per_arm(output: Path) -> None:
     means = [row.top1.mean for row in answer(output, "kernel").rows if row.top1]
     assert list(line.get_ydata()) == pytest.approx(means)
     assert kernel.axes[1].get_xlabel() == "trainable parameters"
-    names = analysis.draw(answer(output, "placement"))
+    names = draw(answer(output, "placement").rows)
     assert [label.get_text() for label in names.axes[0].get_yticklabels()] == ["before_mhsa", "after_mhsa"]
 
 
 def test_depth_is_drawn_as_last_first_and_other_blocks() -> None:
-    from stadapter.ablation.factors import find_factor
+    from stadapter.results.factors import find_factor
 
     blocks = {"last 1": (5,), "last 2": (4, 5), "first 2": (0, 1), "block 3": (3,), "0,2,4": (0, 2, 4), "all": None}
     arms = [Arm(label, {"adapter.blocks": value}) for label, value in blocks.items()]
@@ -271,11 +275,11 @@ def test_the_command_line_of_sweeps_stays_light() -> None:
 def test_published_values_are_shown_with_their_status_and_source() -> None:
     arms = [Arm("width 384", {"adapter.bottleneck_width": 384}), Arm("width 192", {"adapter.bottleneck_width": 192})]
     sweep = make_sweep("width", "?", recipes.kinetics400_clip_b16, arms, 2)
-    found = analysis.Answer(sweep, [made_up.result(trial, 80.0 + trial.seed) for trial in sweep.trials])
+    found = Answer(sweep, [made_up.result(trial, 80.0 + trial.seed) for trial in sweep.trials])
     header, known, unknown = table.grid(found.rows)
     paper = header.index("paper %")
     assert (known[paper], unknown[paper]) == ("82.0 ✓", "-")
     assert any("STAN, Table 4" in note and "(verified)" in note for note in found.notes)
-    assert "82.0 $^{\\mathrm{v}}$" in analysis.to_latex(found)
-    (stars,) = [line for line in analysis.draw(found).axes[0].lines if line.get_label() == "published"]
+    assert "82.0 $^{\\mathrm{v}}$" in to_latex(found)
+    (stars,) = [line for line in draw(found.rows).axes[0].lines if line.get_label() == "published"]
     assert (list(stars.get_xdata()), list(stars.get_ydata())) == ([384.0], [82.0])

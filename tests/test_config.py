@@ -8,8 +8,8 @@ import tomllib
 import pytest
 
 from stadapter import config, recipes
-from stadapter.ablation.published import PAPER
 from stadapter.config import ConfigError, Recipe
+from stadapter.results.paper import PAPER
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -23,10 +23,10 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from test_docs import BLOCK, ROOT
 
-from stadapter.ablation import table
 from stadapter.config import ConfigError, Recipe
 from stadapter.inference.predict import predict
 from stadapter.inference.trained import open_trained
+from stadapter.results import table
 from stadapter.trials.sweep import Arm, make_sweep, records, save_sweep
 
 KERNEL = made_up.kernel_sweep(2)

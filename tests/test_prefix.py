@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from stadapter import config
 from stadapter.__main__ import main as command
 from stadapter.ablation.plan import rate_of
-from stadapter.ablation.table import make_rows, notes
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data import clips as clips_module
 from stadapter.data.cache.quota import Room
@@ -25,6 +24,7 @@ from stadapter.data.cache.tokens import Rows
 from stadapter.data.lists.clip_list import Split
 from stadapter.data.lists.formats import load_clips
 from stadapter.model.build import build_model
+from stadapter.results.table import make_rows, notes
 from stadapter.training.flags import add_reading_flags, reading_flags
 from stadapter.training.hardware import cpu_name
 from stadapter.training.loop import train

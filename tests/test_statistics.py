@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from stadapter import config, recipes
-from stadapter.ablation.published import published
-from stadapter.ablation.statistics import compare, holm, summarise
+from stadapter.results.paired_tests import compare, holm, summarise
+from stadapter.results.paper import published
 
 A = {0: 71.2, 1: 73.9, 2: 70.1, 3: 74.4}
 B = {0: 70.0, 1: 71.1, 2: 69.9, 3: 72.0}

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stadapter.ablation import table
 from stadapter.ablation.terminal import Terminal
+from stadapter.results import table
 from stadapter.trials import files, lock, record, status
 from stadapter.trials.stop import GentleStop
 from stadapter.trials.sweep import DEFAULT_STORE, FIGURE, SWEEP, Sweep, Trial, records
@@ -182,7 +182,7 @@ def _keep(sweep: Sweep, folder: Path, found: table.Records) -> list[Path]:
     # up to date say that it is, too.
     figure = folder / FIGURE
     if not figure.exists() or any(not path.exists() or path.read_bytes() != new for path, new in contents.items()):
-        from stadapter.ablation.figure import to_png
+        from stadapter.results.figure import to_png
 
         files.write_atomically(figure, to_png(table.make_rows(sweep, found)))
     for path, content in contents.items():

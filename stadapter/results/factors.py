@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stadapter import config
-from stadapter.ablation.table import Row
+from stadapter.results.table import Row
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.frames import arms_frame, trials_frame
-from analysis.sources import Answer
-from stadapter.ablation import table
+from stadapter.results import table
+from stadapter.results.frames import arms_frame, trials_frame
+from stadapter.results.sources import Answer
 
 # What LaTeX reads differently, and the few signs beyond ASCII that a table or a note contains.
 _LATEX = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.sources import Answer
 from stadapter import config
+from stadapter.results.sources import Answer
 
 
 def trials_frame(answer: Answer) -> pd.DataFrame:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 
-from analysis.sources import Answer
-from stadapter.ablation import table
-from stadapter.ablation.table import Row
+from stadapter.results import table
+from stadapter.results.sources import Answer
+from stadapter.results.table import Row
 
 SIGNIFICANCE = 0.05
 READING = (

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from stadapter.ablation import table
-from stadapter.ablation.table import Records, Row
+from stadapter.results import table
+from stadapter.results.table import Records, Row
 from stadapter.trials.sweep import Sweep, load_sweep, records, sweep_folders
 
 

@@ -14,11 +14,98 @@ from typing import Any
 import matplotlib
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
-from stadapter.ablation.factors import Factor, find_factor
-from stadapter.ablation.figure_labels import label_points
-from stadapter.ablation.table import Row
+from stadapter.results.factors import Factor, find_factor
+from stadapter.results.sources import Answer
+from stadapter.results.table import Row
+
+
+def draw_overview(answers: Sequence[Answer]) -> Figure:
+    """Accuracy against trainable parameters of every arm of every question, one colour per question."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        axes = figure.subplots()
+        defaults: set[tuple[float, float]] = set()  # one point where all questions share the default recipe
+        for number, answer in enumerate(answers):
+            rows = [row for row in answer.rows if row.top1]
+            defaults |= {(r.trainable_params or 0, r.top1.mean) for r in rows if r.is_default and r.top1}
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            axes.plot(
+                [row.trainable_params or 0 for row in rows],
+                [row.top1.mean for row in rows if row.top1],
+                marker,
+                color=colour,
+                alpha=0.85,
+                markeredgecolor="white",
+                label=answer.sweep.name,
+            )
+        for number, (x, mean) in enumerate(sorted(defaults)):
+            label = {"label": "default arm" if number == 0 else None}
+            axes.plot([x], [mean], **RING | label)
+        parameter_axis(axes, "trainable parameters")
+        axes.set_ylabel(TOP1)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="question")
+        return figure
+
+
+_POINT_PX = 6.0
+# (dx, dy) in points, and how the text hangs on that place: right, left, above, below, then further away.
+_PLACES = [
+    (9, 0, "left", "center"),
+    (-9, 0, "right", "center"),
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+    (6, 7, "left", "bottom"),
+    (-6, 7, "right", "bottom"),
+    (6, -7, "left", "top"),
+    (-6, -7, "right", "top"),
+    (8, 16, "left", "bottom"),
+    (8, -16, "left", "top"),
+    (-8, 16, "right", "bottom"),
+    (-8, -16, "right", "top"),
+]
+
+
+def label_points(axes: Axes, labels: Sequence[str]) -> None:
+    """Name the points of the axes' error bars, in their order; each takes the first free of a few places.
+
+    A name with no free place is left out: the other panel, which has every arm on its axis, shows it.
+    """
+    figure = axes.figure.get_figure(root=True)
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    bars: list[Any] = [container for container in axes.containers if isinstance(container, ErrorbarContainer)]
+    centres = [axes.transData.transform(bar.lines[0].get_xydata()[0]) for bar in bars]
+    taken = [Bbox.from_bounds(x - _POINT_PX, y - _POINT_PX, 2 * _POINT_PX, 2 * _POINT_PX) for x, y in centres]
+    for bar in bars:
+        for segment in bar.lines[2][0].get_segments():
+            if len(segment):  # none where one seed has no spread
+                (x0, y0), (x1, y1) = axes.transData.transform(segment)
+                taken.append(Bbox.from_extents(x0 - 1, y0, x1 + 1, y1))
+    frame = axes.get_window_extent(renderer)
+    for bar, label in zip(bars, labels, strict=True):
+        x, y = bar.lines[0].get_xydata()[0]
+        for dx, dy, horizontal, vertical in _PLACES:
+            text = axes.annotate(
+                label,
+                (float(x), float(y)),
+                (dx, dy),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=8,
+            )
+            box = text.get_window_extent(renderer)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+
 
 # Okabe and Ito's palette, told apart with any colour vision; the markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

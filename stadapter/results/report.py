@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import content
-from analysis.figures import draw, draw_overview
-from analysis.page import to_html
-from analysis.sources import Answer
-from analysis.tables import write_tables
-from stadapter.ablation import table
+from stadapter.results import content, table
+from stadapter.results.figure import draw, draw_overview
+from stadapter.results.latex import write_tables
+from stadapter.results.page import to_html
+from stadapter.results.sources import Answer
 
 
 def write_report(answers: Sequence[Answer], folder: Path) -> Path:
@@ -18,7 +17,7 @@ def write_report(answers: Sequence[Answer], folder: Path) -> Path:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for answer in answers:
         write_tables(answer, folder / "tables")
-        figure = draw(answer)
+        figure = draw(answer.rows)
         for suffix in ("png", "pdf"):
             figure.savefig(folder / "figures" / f"{answer.name}.{suffix}")
     for suffix in ("png", "pdf"):

@@ -7,9 +7,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import content
-from analysis.sources import Answer
-from stadapter.ablation import table
+from stadapter.results import content, table
+from stadapter.results.sources import Answer
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }

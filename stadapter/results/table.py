@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stadapter import config
-from stadapter.ablation.published import MARKS, Published, published
-from stadapter.ablation.statistics import Difference, Summary, compare, holm, summarise
 from stadapter.config import Recipe
+from stadapter.results.paired_tests import Difference, Summary, compare, holm, summarise
+from stadapter.results.paper import MARKS, Published, published
 from stadapter.trials.sweep import Sweep, Trial
 
 DASH = "-"
