@@ -95,7 +95,7 @@ def add_group(commands: Commands, name: str, summary: str) -> Commands:
 
 def add_plan(commands: Commands) -> None:
     parser = add_parser(
-        models,
+        commands,
         "plan",
         "say what a sweep would cost, and start nothing",
         "Say which trials of a script's sweep are done, and what the others will cost: the script with\n"
@@ -117,7 +117,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def add_completion(commands: Commands) -> None:
     parser = add_parser(
-        models,
+        commands,
         "completion",
         "print what makes a shell complete these commands",
         "Print a script that makes bash or zsh complete commands and flags.",
@@ -138,7 +138,7 @@ def _completion(options: argparse.Namespace) -> int:
 
 def add_train(commands: Commands) -> None:
     train = add_parser(
-        models,
+        commands,
         "train",
         "train and test one recipe",
         "Train and test one recipe, in this process, or in several under torchrun:\n\n"

@@ -15,7 +15,6 @@ import pytest
 from scipy import stats
 
 from stadapter import config, recipes
-from stadapter.ablation.tracking import sync
 from stadapter.commands.report import main
 from stadapter.results import table
 from stadapter.results.content import finding, glance
@@ -23,7 +22,9 @@ from stadapter.results.figure import draw
 from stadapter.results.frames import arms_frame, trials_frame
 from stadapter.results.latex import to_latex
 from stadapter.results.report import write_report
-from stadapter.results.sources import Answer, from_folder, from_mlflow
+from stadapter.results.sources import Answer, from_folder
+from stadapter.tracking.mirror import sync
+from stadapter.tracking.reader import from_mlflow
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Arm, make_sweep, sweep_folders
 

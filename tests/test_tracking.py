@@ -12,10 +12,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from stadapter.ablation.mlflow_store import pages
-from stadapter.ablation.tracking import Mirror, sync
 from stadapter.config import ConfigError, flatten
 from stadapter.recipes import embedded
+from stadapter.tracking.mirror import Mirror, sync
+from stadapter.tracking.store import pages
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Arm, Sweep, Trial, make_sweep
 
@@ -390,7 +390,7 @@ def test_a_slow_store_is_left_out_when_patience_is_used_up(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, said, now = a_sweep("slow"), list[str](), [0.0]
-    monkeypatch.setattr("stadapter.ablation.tracking.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("stadapter.tracking.mirror.time.monotonic", lambda: now[0])
     mirror = Mirror(sweep, tmp_path, store.uri, say=said.append)
     mirror.start()
     calls = 0

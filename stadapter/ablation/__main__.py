@@ -124,7 +124,7 @@ def _ui(options: argparse.Namespace) -> int:
         shown = without_passwords(store)
         raise ConfigError(f"--tracking-uri {shown}: there is no such file; run an ablation first, or name its store")
     check_port("--port", options.port)
-    from stadapter.ablation.mlflow_store import pages
+    from stadapter.tracking.store import pages
 
     print(f"MLflow on http://127.0.0.1:{options.port}; Ctrl-C ends it. The arms of each sweep, side by side:")
     for name, address in pages(store):
@@ -143,7 +143,7 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from stadapter.ablation.tracking import sync
+    from stadapter.tracking.mirror import sync
 
     store = without_passwords(options.tracking_uri)
     for folder in sweep_folders(options.output):

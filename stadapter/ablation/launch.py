@@ -25,7 +25,7 @@ from stadapter.trials.sweep import DEFAULT_STORE, FIGURE, SWEEP, Sweep, Trial, r
 
 if TYPE_CHECKING:
     from stadapter.ablation.sweep import Resources
-    from stadapter.ablation.tracking import Mirror
+    from stadapter.tracking.mirror import Mirror
     from stadapter.training.options import Operation
 
 
@@ -50,7 +50,7 @@ def launch(request: Request) -> int:
     terminal = Terminal(sweep, sum(result is not None for result in before))
     mirror = None
     if options.tracking_uri != "none":
-        from stadapter.ablation.tracking import Mirror
+        from stadapter.tracking.mirror import Mirror
 
         mirror = Mirror(sweep, output, options.tracking_uri, say=terminal.say)
         mirror.start(wait=False)  # Ray starts meanwhile

@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(output: Path, tracking_uri: str | None, folder: Path) -> int:
     from stadapter.results import table
     from stadapter.results.report import write_report
-    from stadapter.results.sources import from_folder, from_mlflow
+    from stadapter.results.sources import from_folder
+    from stadapter.tracking.reader import from_mlflow
 
     answers = from_mlflow(tracking_uri) if tracking_uri else from_folder(output)
     for answer in answers:

@@ -38,10 +38,3 @@ def from_folder(output: Path | str = "runs") -> list[Answer]:
     output = Path(output)
     sweeps = [load_sweep(folder) for folder in sweep_folders(output)]
     return [Answer(sweep, records(sweep, output)) for sweep in sweeps]
-
-
-def from_mlflow(tracking_uri: str) -> list[Answer]:
-    """Every sweep in an MLflow store, by name. ConfigError where there is none or the store cannot be read."""
-    from stadapter.ablation.mlflow_records import read_sweeps
-
-    return [Answer(sweep, found) for sweep, found in read_sweeps(tracking_uri)]

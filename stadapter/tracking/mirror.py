@@ -15,8 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stadapter.ablation.mlflow_store import STORE_ERRORS, Store
 from stadapter.config import ConfigError
+from stadapter.tracking.store import STORE_ERRORS, Store
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Sweep, Trial
 

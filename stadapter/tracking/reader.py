@@ -11,10 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stadapter.ablation.mlflow_store import STORE_ERRORS, MlflowClient, Run
 from stadapter.config import ConfigError
+from stadapter.results.sources import Answer
+from stadapter.tracking.store import STORE_ERRORS, MlflowClient, Run
 from stadapter.trials import files, record
 from stadapter.trials.sweep import SWEEP, Sweep, load_sweep
+
+
+def from_mlflow(tracking_uri: str) -> list[Answer]:
+    """Every sweep in an MLflow store, by name. ConfigError where there is none or the store cannot be read."""
+    return [Answer(sweep, found) for sweep, found in read_sweeps(tracking_uri)]
 
 
 def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[Sweep, list[dict[str, Any] | None]]]:

@@ -38,7 +38,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from sqlalchemy.exc import SQLAlchemyError
 
 from stadapter import config
-from stadapter.ablation import mlflow_view
+from stadapter.tracking import view
 from stadapter.trials import files, lock, provenance, record
 from stadapter.trials.sweep import FIGURE, Sweep, Trial, records
 from stadapter.version import __version__
@@ -95,7 +95,7 @@ class Store:
             tags = {"sweep_id": key, _NOTE: self.sweep.question} | self._tags()
             self.parent = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         self._save_view(key)
-        self.address = mlflow_view.address(self.experiment_id, key)
+        self.address = view.address(self.experiment_id, key)
 
     def _children(self, condition: str = "") -> Iterator[Run]:
         condition, token = f"tags.`{_PARENT}` = '{self.parent.info.run_id}'{condition}", None
@@ -108,8 +108,8 @@ class Store:
         done = next((result for result in records(self.sweep, self.output) if result), {"metrics": {"top1": 0}})
         names = [_test(name) for name in done["metrics"] if not name.endswith("loss")]
         names.sort(key="test/top1".__ne__)
-        view = mlflow_view.saved_view(self.sweep, self.parent.info.run_id, self.parent.info.start_time, names)
-        self.client.set_experiment_tag(self.experiment_id, mlflow_view.TAG + key, view)
+        saved = view.saved_view(self.sweep, self.parent.info.run_id, self.parent.info.start_time, names)
+        self.client.set_experiment_tag(self.experiment_id, view.TAG + key, saved)
 
     def open_trial(self, trial: Trial) -> str:
         """The id of the trial's run: found, or created as running."""
@@ -136,9 +136,7 @@ class Store:
             name = f"{trial.arm} s{trial.seed}"  # MLflow's list shows fifteen letters
             run = self.client.create_run(self.experiment_id, _ms(began), tags, name)
         if not run.data.params:
-            self.unlogged[run.info.run_id] = [
-                Param(path, value) for path, value in mlflow_view.params(trial.recipe).items()
-            ]
+            self.unlogged[run.info.run_id] = [Param(path, value) for path, value in view.params(trial.recipe).items()]
         self.runs[trial.id] = run.info.run_id
         return self.runs[trial.id]
 
@@ -255,9 +253,7 @@ def pages(tracking_uri: str, experiment: str = "stadapter", most: int = 5) -> li
     client = MlflowClient(tracking_uri)
     found = client.get_experiment_by_name(experiment)
     runs = client.search_runs([found.experiment_id], "tags.sweep_id LIKE '%'", max_results=most) if found else []
-    return [
-        (str(run.info.run_name), mlflow_view.address(run.info.experiment_id, run.data.tags["sweep_id"])) for run in runs
-    ]
+    return [(str(run.info.run_name), view.address(run.info.experiment_id, run.data.tags["sweep_id"])) for run in runs]
 
 
 def _reach_database(uri: str) -> str | None:
