@@ -66,7 +66,8 @@ def flags(clips: Path) -> list[str]:
 
 def between_trials_s(clips: Path, output: Path, trials: int, recipe: Recipe) -> list[float]:
     """Seconds between two trials of a sweep that runs one at a time."""
-    from stadapter.ablation.sweep import Cluster, Resources, run_trials
+    from stadapter.cluster.ray_runtime import Cluster, Resources
+    from stadapter.cluster.runner import run_trials
     from stadapter.training.options import Operation
 
     sweep = make_sweep("none", "?", recipe, [Arm("only", {})], trials)

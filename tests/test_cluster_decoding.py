@@ -12,8 +12,8 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from videos import write_grey
 
-from stadapter.ablation import sweep
-from stadapter.ablation.cluster_decoding import decode_on_cluster
+from stadapter.cluster import ray_runtime
+from stadapter.cluster.decoding import decode_on_cluster
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data.clips import ClipDataset, test_loader, train_loader
 from stadapter.data.lists.formats import ClipList
@@ -101,12 +101,12 @@ def test_an_empty_share_has_no_batches(clips: ClipList, other_node: str) -> None
 
 
 def test_trials_leave_a_cpu_to_decode_on(other_node: str) -> None:
-    assert sweep.Cluster(sweep.Resources()).trials_at_once() == 2
-    assert sweep.Cluster(sweep.Resources(decode_on_cluster=True)).trials_at_once() == 1
+    assert ray_runtime.Cluster(ray_runtime.Resources()).trials_at_once() == 2
+    assert ray_runtime.Cluster(ray_runtime.Resources(decode_on_cluster=True)).trials_at_once() == 1
 
 
 def test_a_trial_that_leaves_no_cpu_is_a_config_error(other_node: str) -> None:
-    cluster = sweep.Cluster(sweep.Resources(cpus_per_process=2, decode_on_cluster=True))
+    cluster = ray_runtime.Cluster(ray_runtime.Resources(cpus_per_process=2, decode_on_cluster=True))
     with pytest.raises(ConfigError, match=r"--decode-on-cluster: a trial takes 2 of the 2 CPUs"):
         cluster._check_capacity()
 

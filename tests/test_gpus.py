@@ -8,7 +8,7 @@ import torch
 
 from stadapter import config, recipes
 from stadapter.ablation import cli, flags
-from stadapter.ablation.sweep import Cluster, Resources
+from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.model.build import build_model, cast_frozen
 from stadapter.model.state import trainable_parameters
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from stadapter.ablation.sweep import Cluster, Resources
+from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.trials import record
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "ablate_kernel.py"

@@ -18,7 +18,7 @@ import slurm_here
 from slurm_here import said, wait_until
 
 from stadapter.ablation.__main__ import main
-from stadapter.ablation.slurm import status
+from stadapter.cluster.submit.slurm import status
 
 pytestmark = slurm_here.needed
 
@@ -54,7 +54,7 @@ print("all of it")
 PYTHON = """#!/bin/bash
 case "$*" in
     "-m ray.scripts.scripts start"*) exec sleep 60 ;;
-    "-m stadapter.ablation.ray_jobs"*) ;;
+    "-m stadapter.cluster.submit.ray_jobs"*) ;;
     *) exec {python} "$@" ;;
 esac
 """

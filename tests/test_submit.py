@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from stadapter.ablation import ray_jobs, submission
 from stadapter.ablation.__main__ import main
+from stadapter.cluster.submit import job as jobs
+from stadapter.cluster.submit import ray_jobs
 from stadapter.config import ConfigError
 from stadapter.trials import record
 
@@ -267,24 +268,24 @@ def test_the_code_that_travels_is_what_git_would_commit(checkout: Path, tmp_path
     for name in ("new.py", "data/clip.mp4", "results/trial.json"):
         (checkout / name).parent.mkdir(exist_ok=True)
         (checkout / name).write_text(name)
-    job = submission.make_job(["experiments/ablate.py", "--output", "results"], [], [], shared_paths=True)
-    submission.copy_code(job, tmp_path / "copy")
+    job = jobs.make_job(["experiments/ablate.py", "--output", "results"], [], [], shared_paths=True)
+    jobs.copy_code(job, tmp_path / "copy")
     copied = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     assert copied == {".gitignore", "experiments/ablate.py", "new.py"}
 
 
 def test_an_output_that_holds_the_checkout_leaves_no_code_out(checkout: Path, tmp_path: Path) -> None:
-    job = submission.make_job(["experiments/ablate.py", "--output", str(checkout.parent)], [], [], shared_paths=True)
-    submission.copy_code(job, tmp_path / "copy")
+    job = jobs.make_job(["experiments/ablate.py", "--output", str(checkout.parent)], [], [], shared_paths=True)
+    jobs.copy_code(job, tmp_path / "copy")
     assert (tmp_path / "copy" / "experiments" / "ablate.py").exists()
 
 
 def test_too_much_code_names_the_file(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submission, "MAX_CODE_BYTES", 100)
+    monkeypatch.setattr(jobs, "MAX_CODE_BYTES", 100)
     (checkout / "clip.mp4").write_bytes(bytes(200))
-    job = submission.make_job(["experiments/ablate.py"], [], [], shared_paths=True)
+    job = jobs.make_job(["experiments/ablate.py"], [], [], shared_paths=True)
     with pytest.raises(ConfigError, match=r"clip\.mp4"):
-        submission.copy_code(job, tmp_path / "copy")
+        jobs.copy_code(job, tmp_path / "copy")
 
 
 ROOT = Path(__file__).parent.parent
@@ -435,7 +436,7 @@ sys.exit(130)
 # Ray's nodes are up at once; Slurm has one node, and writes down what is put back into the queue.
 TOOLS = {
     "python": 'case "$*" in "-m ray.scripts.scripts start"*) exec sleep 60 ;; '
-    '"-m stadapter.ablation.ray_jobs"*) ;; *) exec {python} "$@" ;; esac',
+    '"-m stadapter.cluster.submit.ray_jobs"*) ;; *) exec {python} "$@" ;; esac',
     "scontrol": 'case "$1" in requeue) touch {tools}/requeued ;; *) echo here ;; esac',
 }
 

@@ -20,7 +20,8 @@ import ray
 
 from stadapter import config, recipes
 from stadapter.ablation import main
-from stadapter.ablation.sweep import Cluster, Resources, run_trials
+from stadapter.cluster.ray_runtime import Cluster, Resources
+from stadapter.cluster.runner import run_trials
 from stadapter.config import Recipe
 from stadapter.training.loop import train
 from stadapter.training.options import Operation
@@ -274,7 +275,7 @@ def test_bad_input_has_a_one_line_answer_and_starts_nothing(
 
 def test_trials_find_a_cache_that_was_named_by_a_relative_path(tmp_path: Path) -> None:
     """Tune changes the working directory: each trial would render the embedded world again, in a scratch folder."""
-    probe = "import os, stadapter.ablation.sweep; print(os.environ['STADAPTER_CACHE'])"
+    probe = "import os, stadapter.cluster.runner; print(os.environ['STADAPTER_CACHE'])"
     environment = {**os.environ, "STADAPTER_CACHE": "cache", "PYTHONPATH": str(ROOT)}
     said = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True

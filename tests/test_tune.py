@@ -16,7 +16,7 @@ from stadapter import config, recipes
 from stadapter.ablation import tune
 from stadapter.ablation.__main__ import main
 from stadapter.ablation.search import search
-from stadapter.ablation.sweep import Cluster, Resources
+from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.config import Recipe
 from stadapter.training.loop import train
 from stadapter.training.options import Operation

@@ -28,7 +28,7 @@ from stadapter.trials import files, record, status
 from stadapter.trials.sweep import SWEEP, Arm, Sweep, Trial, load_sweep, make_sweep, save_sweep
 
 if TYPE_CHECKING:
-    from stadapter.ablation.sweep import Resources
+    from stadapter.cluster.ray_runtime import Resources
     from stadapter.data.clips import Elsewhere
     from stadapter.data.lists.clip_list import ClipList
     from stadapter.training.options import Operation
@@ -147,7 +147,7 @@ def _num_gpus(options: argparse.Namespace) -> int:
     if options.address is not None and not options.plan:
         # Ray's switch for who this machine is to a cluster: 127.0.0.1, or the address at which others reach it.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" if _listens_on_loopback_alone(options.address) else "1"
-        from stadapter.ablation.sweep import join_cluster
+        from stadapter.cluster.ray_runtime import join_cluster
 
         there, where = join_cluster(options.address), f"the cluster at {options.address}"
     else:
@@ -236,7 +236,7 @@ def _clips(sweep: Sweep, root: str | Path | None, splits: Sequence[str]) -> dict
 
 
 def _resources(options: argparse.Namespace, num_gpus: int) -> Resources:
-    from stadapter.ablation.sweep import Resources
+    from stadapter.cluster.ray_runtime import Resources
 
     return Resources(
         num_gpus,
@@ -257,7 +257,7 @@ def _cores_per_process(options: argparse.Namespace, num_gpus: int) -> int:
     if options.address is None:
         cores = (os.cpu_count() or 1) // num_gpus
     else:
-        from stadapter.ablation.sweep import cores_per_gpu
+        from stadapter.cluster.ray_runtime import cores_per_gpu
 
         cores = cores_per_gpu()  # the trials run on its nodes, not here
     return max(1, cores // options.trials_per_gpu)
@@ -284,8 +284,7 @@ def _operation(options: argparse.Namespace, num_gpus: int) -> Operation:
 def _elsewhere(options: argparse.Namespace) -> Elsewhere | None:
     if not options.decode_on_cluster:
         return None
-    import stadapter.ablation.sweep  # noqa: F401  # sets Ray's environment before Ray is imported
-    from stadapter.ablation.cluster_decoding import decode_on_cluster
+    from stadapter.cluster.decoding import decode_on_cluster
 
     return decode_on_cluster
 

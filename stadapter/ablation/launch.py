@@ -24,7 +24,7 @@ from stadapter.trials.stop import GentleStop
 from stadapter.trials.sweep import DEFAULT_STORE, FIGURE, SWEEP, Sweep, Trial, records
 
 if TYPE_CHECKING:
-    from stadapter.ablation.sweep import Resources
+    from stadapter.cluster.ray_runtime import Resources
     from stadapter.tracking.mirror import Mirror
     from stadapter.training.options import Operation
 
@@ -91,7 +91,8 @@ class Launch:
                     break
                 if free:
                     # Late, since Ray takes seconds to load.
-                    from stadapter.ablation.sweep import Cluster, run_trials
+                    from stadapter.cluster.ray_runtime import Cluster
+                    from stadapter.cluster.runner import run_trials
 
                     request = self.request
                     assert request.operation is not None and request.resources is not None

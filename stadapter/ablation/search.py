@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stadapter.ablation.sweep import ERROR, Cluster, last_line, train_here, write_error
+from stadapter.cluster.ray_environment import tune
+from stadapter.cluster.ray_runtime import Cluster
+from stadapter.cluster.runner import ERROR, last_line, train_here, write_error
 
 # isort: split
 # After `sweep`, which sets the environment that Ray reads when it is imported.
 import optuna
-from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 

@@ -11,7 +11,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from stadapter.ablation import kubernetes, ray_jobs, slurm, submission
+from stadapter.cluster.submit import kubernetes, ray_jobs, slurm
+from stadapter.cluster.submit.job import load, load_all, make_job, save
 from stadapter.config import ConfigError
 from stadapter.trials.sweep import DEFAULT_OUTPUT
 
@@ -88,7 +89,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 
 def _submit(options: argparse.Namespace, words: list[str]) -> int:
     backend = BACKENDS[options.what]
-    job = submission.make_job(words, options.env, options.secret_env, shared_paths=backend.SHARED_PATHS)
+    job = make_job(words, options.env, options.secret_env, shared_paths=backend.SHARED_PATHS)
     artefact = backend.artefact(job, options)
     if job.code.dirty:
         print(f"warning: {job.code.root} has changes that are in no commit", file=sys.stderr)
@@ -97,7 +98,7 @@ def _submit(options: argparse.Namespace, words: list[str]) -> int:
         return 0
     facts = backend.submit(job, options, artefact)
     try:
-        submission.save(job, options.what, facts, options.records)
+        save(job, options.what, facts, options.records)
     except OSError as error:
         raise ConfigError(
             f"--records {options.records}: cannot be written ({error.strerror}), though the job was submitted: {facts}"
@@ -111,10 +112,10 @@ def _submit(options: argparse.Namespace, words: list[str]) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     if options.id is not None:
-        found = submission.load(options.id, options.records)
+        found = load(options.id, options.records)
         print(f"{found['id']}  {found['backend']}  {BACKENDS[found['backend']].status(found['facts'])}")
         return 0
-    every = submission.load_all(options.records)
+    every = load_all(options.records)
     if not every:
         print(f"{options.records}: nothing was submitted")
     for found in every:
@@ -127,7 +128,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    found = submission.load(options.id, options.records)
+    found = load(options.id, options.records)
     try:
         for text in BACKENDS[found["backend"]].logs(found["facts"], options.follow):
             print(text, end="", flush=True)
@@ -137,6 +138,6 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    found = submission.load(options.id, options.records)
+    found = load(options.id, options.records)
     print(f"{options.id}: {BACKENDS[found['backend']].stop(found['facts'])}")
     return 0

@@ -12,7 +12,7 @@ from stadapter.trials.record import bad_clips_in_words
 from stadapter.trials.sweep import Sweep, Trial
 
 if TYPE_CHECKING:
-    from stadapter.ablation.sweep import Resources
+    from stadapter.cluster.ray_runtime import Resources
 
 
 class Terminal:

@@ -196,7 +196,7 @@ def _search(
     if not 0 <= num_gpus <= there:
         raise ConfigError(f"--num-gpus {num_gpus}: this machine has {there}")
     from stadapter.ablation.search import search
-    from stadapter.ablation.sweep import Cluster, Resources
+    from stadapter.cluster.ray_runtime import Cluster, Resources
 
     cpus = max(1, (os.cpu_count() or 1) // num_gpus) if num_gpus else 1
     operation = Operation(

@@ -40,7 +40,7 @@ def provenance() -> dict[str, Any]:
 def _git() -> tuple[str, bool]:
     """Commit of the source tree this package runs from, and whether it has changes.
 
-    Outside of one: what the job was submitted from, where it is one (`stadapter.ablation.submission`), else "unknown".
+    Outside of one: what the job was submitted from, where it is one (`stadapter.cluster.submit.job`), else "unknown".
     """
     here = Path(__file__).resolve().parent
 

@@ -30,7 +30,7 @@ import slurm_here
 from matrix import MATRIX
 from safetensors.torch import load_file
 
-from stadapter.ablation.slurm import status
+from stadapter.cluster.submit.slurm import status
 from stadapter.trials import record
 
 HERE = Path(__file__).parent

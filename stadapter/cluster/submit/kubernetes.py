@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from stadapter.ablation.submission import COMMIT, Job, check_printable
+from stadapter.cluster.submit.job import COMMIT, Job, check_printable
 from stadapter.config import ConfigError
 from stadapter.data.lists.storage import is_remote
 from stadapter.trials import files

@@ -1,4 +1,4 @@
-"""Trials on Ray: the only module that imports it, but for `search` and `cluster_decoding`, which need it likewise.
+"""Trials on Ray: each in a process of its own, or in several.
 
 A trial that fits one process runs inside a Tune function whose process the next trial uses again. A trial that needs
 several processes is a Tune function that starts Ray Train inside and holds no CPU itself, or two CPUs would wait for
@@ -9,43 +9,21 @@ is the only result: Tune's own results are not read, so a driver that dies loses
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before Ray is imported: no banners, no usage reports, no result files that nobody reads, no 2 s wait per report.
-os.environ.update(
-    RAY_AIR_NEW_OUTPUT="0",
-    RAY_USAGE_STATS_ENABLED="0",
-    RAY_TRAIN_ENABLE_PRINT_PATCH="0",
-    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
-    TUNE_DISABLE_SIGINT_HANDLER="1",
-    TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
-)
-
-# Ray's switch for machines that are no cluster: its ports listen on loopback alone. Read while Ray is imported; a
-# command that joins a cluster sets it before that (`stadapter.ablation.cli`).
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
-if os.environ.get("STADAPTER_CACHE"):  # Tune gives every trial a working directory of its own
-    os.environ["STADAPTER_CACHE"] = os.path.abspath(os.environ["STADAPTER_CACHE"])
-
-import ray
 import torch
 import torch.distributed as dist
-from ray import tune
 
-from stadapter.config import ConfigError, Recipe
+from stadapter.cluster.ray_environment import tune
+from stadapter.cluster.ray_runtime import Cluster, Resources
+from stadapter.config import Recipe
 from stadapter.training.loop import World, train
 from stadapter.training.options import Operation
 from stadapter.training.state import Stopped
@@ -53,146 +31,11 @@ from stadapter.trials import files, lock, record
 from stadapter.trials.stop import GentleStop, Standstill, moving, watch
 from stadapter.trials.sweep import Trial
 
-PACKAGE = Path(__file__).parents[1]  # the folder of this package, for the nodes of a cluster
-REACH_TIMEOUT_S = 5.0
 EPOCHS_POLL_S = 0.5
 STANDSTILL_S = 2400.0  # without a step or a batch of a test; longer than torch waits for a process that is behind
 MOVES = ".moves"  # in a trial's folder: touched while several processes train it
 ERROR = "error.txt"  # in a trial's folder: why it failed last
 Event = Callable[[str, Trial, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the sweep may use."""
-
-    num_gpus: int = 0
-    processes_per_trial: int = 1  # data parallel; with GPUs, each process has one
-    cpus_per_process: int = 1
-    trials_per_gpu: int = 1  # small trials that share a GPU; with processes_per_trial 1 only
-    address: str | None = None  # of a running cluster; None: start Ray on this machine
-    dashboard_port: int | None = None
-    decode_on_cluster: bool = False  # a CPU at least stays free of trials
-
-
-def join_cluster(address: str) -> int:
-    """Join the running Ray cluster at `address`; returns how many GPUs it has."""
-    if not ray.is_initialized():
-        _check_reachable(address)
-        # Its folder, not the module: within a submitted job Ray copies this value, and modules cannot be copied.
-        environment: dict[str, Any] = {"py_modules": [str(PACKAGE)]}
-        gcs = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-        if gcs and "://" not in gcs:
-            environment["env_vars"] = {"RAY_ADDRESS": gcs}  # see `_own_address`
-        _init(address, address=address, runtime_env=environment)
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
-def cores_per_gpu() -> int:
-    """Of the cluster that was joined: CPU cores for each GPU on the node that has the fewest."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    shares = [int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU", 0)]
-    return max(1, min(shares, default=1))
-
-
-def _check_reachable(address: str) -> None:
-    """Knock at the address: Ray itself tries for minutes, and reports each try."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator:
-        return  # "auto" and the like: Ray knows at once
-    try:
-        socket.create_connection((host, int(port)), timeout=REACH_TIMEOUT_S).close()
-    except (OSError, ValueError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--address {address}: nothing answers there ({reason}); see `ray status`") from None
-
-
-def _init(where: str, **options: Any) -> None:
-    try:
-        ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"{where}: Ray cannot be started or reached ({str(error).splitlines()[0]})") from None
-    for name in ("ray", "ray.tune", "ray.train"):  # after ray.init, which sets levels of its own
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-@contextlib.contextmanager
-def _own_address() -> Iterator[None]:
-    """A context in which a Ray that is started here has an address that its processes know.
-
-    Ray Train looks after the resources of its trials by way of an address that it guesses where it is not told. With
-    another Ray on the machine it guesses none, and a trial that died keeps its CPUs for ever; or the other one's, which
-    knows of no such trial, and the resources of one that runs are taken away.
-    """
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    ours = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-class Cluster:
-    """A context in which Ray is up: started here and stopped at the end, or one that was joined before."""
-
-    def __init__(self, resources: Resources) -> None:
-        self.resources = resources
-
-    def __enter__(self) -> Cluster:
-        wanted = self.resources
-        if not ray.is_initialized():
-            with _own_address():
-                _init(
-                    "this machine",
-                    address="local",  # also where another cluster runs: that one is joined by --address only
-                    num_cpus=os.cpu_count(),
-                    num_gpus=wanted.num_gpus,
-                    # Ray Train clears up after itself through the dashboard's State API.
-                    include_dashboard=wanted.dashboard_port is not None or wanted.processes_per_trial > 1,
-                    dashboard_host="127.0.0.1",
-                    dashboard_port=wanted.dashboard_port,
-                )
-        try:
-            self._check_capacity()
-        except ConfigError:
-            ray.shutdown()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        ray.shutdown()
-
-    def _check_capacity(self) -> None:
-        there = ray.cluster_resources()
-        wanted = self.resources
-        needed = wanted.processes_per_trial * wanted.cpus_per_process
-        if wanted.decode_on_cluster and needed >= there.get("CPU", 0):
-            raise ConfigError(
-                f"--decode-on-cluster: a trial takes {needed} of the {there.get('CPU', 0):g} CPUs and leaves none to "
-                "decode on; add nodes, or leave it out"
-            )
-        if needed > there.get("CPU", 0):
-            raise ConfigError(
-                f"a trial of {wanted.processes_per_trial} processes with {wanted.cpus_per_process} CPUs each "
-                f"needs {needed} CPUs; there are {there.get('CPU', 0):g}"
-            )
-
-    def trials_at_once(self) -> int:
-        """How many trials the resources hold."""
-        wanted = self.resources
-        cpus = int(ray.cluster_resources()["CPU"]) - wanted.decode_on_cluster
-        at_once = cpus // (wanted.processes_per_trial * wanted.cpus_per_process)
-        if wanted.num_gpus:
-            at_once = min(at_once, wanted.num_gpus * wanted.trials_per_gpu // wanted.processes_per_trial)
-        return max(1, at_once)
 
 
 def run_trials(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stadapter.ablation.submission import COMMIT, Job, copy_code
+from stadapter.cluster.submit.job import COMMIT, Job, copy_code
 from stadapter.config import ConfigError
 
 SHARED_PATHS = False

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stadapter.ablation.submission import COMMIT, Job, check_no_secret, check_printable, copy_code
+from stadapter.cluster.submit.job import COMMIT, Job, check_no_secret, check_printable, copy_code
 from stadapter.config import ConfigError
 from stadapter.trials import files
 

@@ -1,4 +1,4 @@
-"""Decoding on other machines of the Ray cluster, through Ray Data: the one module besides `sweep` that imports Ray.
+"""Decoding on other machines of the Ray cluster, through Ray Data.
 
 For machines whose processors cannot feed their GPUs. The data set, its keys and their order stay those of the loaders
 in `data.clips`; only where an item is made changes, so the pixels are identical. Every task makes one batch and takes
@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
 import torch
 from torch.utils.data import default_collate
 
+from stadapter.cluster.ray_environment import ray
 from stadapter.data.clips import ClipDataset
 
 _BATCHES_PER_RUN = 1000  # Ray Data wants all keys of a run at its start

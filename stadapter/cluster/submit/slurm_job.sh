@@ -87,7 +87,7 @@ head=$!
 
 # Wait until so many nodes are up, or somebody asks for an end.
 wait_for() {
-    "$python" -m stadapter.ablation.ray_jobs "$dashboard" "$1" &
+    "$python" -m stadapter.cluster.submit.ray_jobs "$dashboard" "$1" &
     ready=$!
     wait -n
     [ -z "$asked" ] || return
