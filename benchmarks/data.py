@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import plain
+from benchmarks import reference_decoding
 from stadapter import recipes
 from stadapter.config import ConfigError, DataConfig, Resize
 from stadapter.data.cache.frames import ClipCache, decode_settings
@@ -59,10 +59,10 @@ class Method:
 
 def plain_ways() -> dict[str, Pixels]:
     return {
-        "train": lambda path, number: plain.train_pixels(path, KINETICS, number),
-        "train, lean": lambda path, number: plain.train_pixels(path, KINETICS, number, lean=True),
-        "temporal": lambda path, number: plain.test_pixels(path, KINETICS),
-        "spatial": lambda path, number: plain.test_pixels(path, SSV2),
+        "train": lambda path, number: reference_decoding.train_pixels(path, KINETICS, number),
+        "train, lean": lambda path, number: reference_decoding.train_pixels(path, KINETICS, number, lean=True),
+        "temporal": lambda path, number: reference_decoding.test_pixels(path, KINETICS),
+        "spatial": lambda path, number: reference_decoding.test_pixels(path, SSV2),
     }
 
 
@@ -148,9 +148,13 @@ def compare(path: Path) -> tuple[float, list[str]]:
     """The largest difference between `exact` and the plain way in normalised units, and what is printed of it."""
     worst, lines = 0.0, []
     triples = {
-        "3 temporal views": (plain.test_pixels(path, KINETICS), *_both(KINETICS, path)),
-        "3 spatial views": (plain.test_pixels(path, SSV2), *_both(SSV2, path)),
-        "training clip": (plain.train_pixels(path, KINETICS, 2), _train(path, "exact", 2), _train(path, "fast", 2)),
+        "3 temporal views": (reference_decoding.test_pixels(path, KINETICS), *_both(KINETICS, path)),
+        "3 spatial views": (reference_decoding.test_pixels(path, SSV2), *_both(SSV2, path)),
+        "training clip": (
+            reference_decoding.train_pixels(path, KINETICS, 2),
+            _train(path, "exact", 2),
+            _train(path, "fast", 2),
+        ),
     }
     for name, (reference, exact, fast) in triples.items():
         exact_off, fast_off = ((ours - reference).abs() / CLIP_STD for ours in (exact, fast.float() / 255))
@@ -193,8 +197,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(scratch: Path, options: argparse.Namespace) -> int:
     load = os.getloadavg()[0]
-    paths = [plain.write_clip(scratch / f"{seed}.mp4", seed) for seed in range(options.clips)]
-    plain.write_clip(scratch / "short.mp4", 0, seconds=1)
+    paths = [reference_decoding.write_clip(scratch / f"{seed}.mp4", seed) for seed in range(options.clips)]
+    reference_decoding.write_clip(scratch / "short.mp4", 0, seconds=1)
     worst, lines = compare(paths[0])
     methods = our_ways(ClipCache(scratch, 10 * GB, decode_settings("auto", None), scratch / "cache"))
     references = plain_ways()

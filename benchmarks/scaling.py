@@ -36,7 +36,7 @@ from torch import multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import data, plain
+from benchmarks import data, reference_decoding
 from stadapter import config, recipes
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS
 from stadapter.ablation.plan import Work, operations, rate_of
@@ -251,7 +251,7 @@ def model_step(recipe: Recipe, global_batch: int, gpus: int, rate: float, networ
 def clip_ms(recipe: Recipe, rounds: int) -> float:
     """CPU milliseconds to read one training clip here, on one core (see benchmarks/data.py)."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = plain.write_clip(Path(scratch) / "0.mp4", 0)
+        path = reference_decoding.write_clip(Path(scratch) / "0.mp4", 0)
         way = data.ours(recipe.data, recipe.data.resize, train=True, reading=Reading())
         return data.measure({recipe.name: way}, [path], rounds)[recipe.name]
 

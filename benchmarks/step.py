@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.model_reference import PlainAdapter, PlainClassifier
+from benchmarks.reference_model import PlainAdapter, PlainClassifier
 from stadapter import recipes
 from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, VitShape, seed_weights
 from stadapter.config import AdapterConfig

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import memory, plain, scaling
+from benchmarks import memory, reference_decoding, scaling
 from benchmarks.data import EXACT_LIMIT, KINETICS, SSV2, measure, our_ways, peak_mib, plain_ways
 from benchmarks.demo import share_of, stages
 from stadapter import recipes
@@ -30,8 +30,8 @@ from stadapter.training.runtime import World
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
-    plain.write_clip(folder / "short.mp4", 0, seconds=0.5)
-    return plain.write_clip(folder / "clip.mp4", 0, seconds=2)
+    reference_decoding.write_clip(folder / "short.mp4", 0, seconds=0.5)
+    return reference_decoding.write_clip(folder / "clip.mp4", 0, seconds=2)
 
 
 @pytest.mark.parametrize("config", [KINETICS, SSV2])
@@ -39,7 +39,7 @@ def test_exact_test_views_are_the_plain_ones(clip: Path, config: DataConfig) -> 
     config = dataclasses.replace(config, resize="exact", frame_stride=4)
     clips = ClipList("folder", "val", str(clip.parent), [clip.name], [0], [False], ("a",))
     pixels = ClipDataset(clips, config, 0, train=False)[0]["pixels"]
-    torch.testing.assert_close(pixels, plain.test_pixels(clip, config), rtol=0, atol=EXACT_LIMIT)
+    torch.testing.assert_close(pixels, reference_decoding.test_pixels(clip, config), rtol=0, atol=EXACT_LIMIT)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -48,11 +48,11 @@ def test_exact_training_pixels_are_the_plain_ones(clip: Path, seed: int) -> None
     rng = np.random.default_rng(seed)
     frames = decode(clip, lambda total: dense_indices(total, config.num_frames, config.frame_stride, rng))
     pixels = train_pixels(frames, config, rng)
-    torch.testing.assert_close(pixels, plain.train_pixels(clip, config, seed), rtol=0, atol=EXACT_LIMIT)
+    torch.testing.assert_close(pixels, reference_decoding.train_pixels(clip, config, seed), rtol=0, atol=EXACT_LIMIT)
 
 
 def test_the_lean_reference_gives_the_plain_pixels(clip: Path) -> None:
-    full, lean = (plain.train_pixels(clip, KINETICS, 3, lean=lean) for lean in (False, True))
+    full, lean = (reference_decoding.train_pixels(clip, KINETICS, 3, lean=lean) for lean in (False, True))
     torch.testing.assert_close(lean, full, rtol=0, atol=EXACT_LIMIT)
 
 

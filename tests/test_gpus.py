@@ -7,18 +7,18 @@ import ray
 import torch
 
 from stadapter import config, recipes
-from stadapter.ablation import cli, flags
+from stadapter.ablation import flags, script
 from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.model.build import build_model, cast_frozen
 from stadapter.model.state import trainable_parameters
 
 
 def exits(*arguments: str) -> int:
-    def make_arm(recipe: config.Recipe, value: str) -> cli.Arm:
-        return cli.Arm(value, {"adapter.bottleneck_width": int(value)})
+    def make_arm(recipe: config.Recipe, value: str) -> script.Arm:
+        return script.Arm(value, {"adapter.bottleneck_width": int(value)})
 
     with pytest.raises(SystemExit) as caught:
-        cli.main("Question?", "width", ["8"], make_arm, ["--tracking-uri", "none", *arguments])
+        script.main("Question?", "width", ["8"], make_arm, ["--tracking-uri", "none", *arguments])
     assert isinstance(caught.value.code, int)
     return caught.value.code
 
@@ -40,7 +40,7 @@ def test_with_gpus_the_default_is_the_papers_recipe_which_asks_for_its_data(
 def test_without_gpus_the_paper_recipe_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     options = flags.make_parser("Question?", "width", ["8"]).parse_args([])
-    assert cli._num_gpus(options) == 0
+    assert script._num_gpus(options) == 0
 
 
 def test_more_gpus_than_there_are_is_refused(eight_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +63,7 @@ def test_small_trials_share_a_gpu_and_its_cores(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 8.0})
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     options = flags.make_parser("Question?", "width", ["8"]).parse_args(["--num-gpus", "8", "--trials-per-gpu", "4"])
-    resources = cli._resources(options, num_gpus=8)
+    resources = script._resources(options, num_gpus=8)
     assert resources.cpus_per_process == 2
     assert Cluster(resources).trials_at_once() == 32
 

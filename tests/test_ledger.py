@@ -22,7 +22,7 @@ import made_up
 import pytest
 
 from stadapter.ablation.launch import Launch, Request
-from stadapter.ablation.terminal import Terminal
+from stadapter.ablation.progress import Terminal
 from stadapter.cluster.runner import write_error
 from stadapter.config import ConfigError, Recipe, replace
 from stadapter.trials import files, lock, record, status

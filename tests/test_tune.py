@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from stadapter import config, recipes
-from stadapter.ablation import tune
 from stadapter.ablation.__main__ import main
-from stadapter.ablation.search import search
 from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.config import Recipe
 from stadapter.training.loop import train
 from stadapter.training.options import Operation
 from stadapter.trials import record
+from stadapter.tuning import tune
+from stadapter.tuning.search import search
+from stadapter.tuning.space import Tried, apply, known_trials, search_space
 
 TRIALS = 5
 
@@ -37,27 +38,27 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tried(cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, output: Path) -> list[tune.Tried]:
+def tried(cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, output: Path) -> list[Tried]:
     """A search that knows nothing yet."""
-    seen: list[tune.Tried] = []
-    space = tune.search_space(tiny_recipe)
+    seen: list[Tried] = []
+    space = search_space(tiny_recipe)
     found = search(cluster, tiny_recipe, space, TRIALS, [], output, Operation(clip_folder), seen.append)
     assert found == seen
     return found
 
 
-def folder(one: tune.Tried, output: Path) -> Path:
-    return tune.Tried.trial_of(one.recipe).folder(output)
+def folder(one: Tried, output: Path) -> Path:
+    return Tried.trial_of(one.recipe).folder(output)
 
 
 def test_the_search_tries_the_recipes_own_settings_and_others_within_the_space(
-    tried: list[tune.Tried], tiny_recipe: Recipe
+    tried: list[Tried], tiny_recipe: Recipe
 ) -> None:
     assert len(tried) == TRIALS
     ids = {config.identity(one.recipe) for one in tried}
     assert len(ids) == TRIALS
     assert config.identity(tiny_recipe) in ids
-    space = tune.search_space(tiny_recipe)
+    space = search_space(tiny_recipe)
     for one in tried:
         assert set(config.difference(tiny_recipe, one.recipe)) <= set(space)
         for path, limits in space.items():
@@ -65,7 +66,7 @@ def test_the_search_tries_the_recipes_own_settings_and_others_within_the_space(
 
 
 def test_a_trial_stopped_early_does_not_look_finished(
-    tried: list[tune.Tried], output: Path, clip_folder: Path, tiny_recipe: Recipe
+    tried: list[Tried], output: Path, clip_folder: Path, tiny_recipe: Recipe
 ) -> None:
     assert {one.status for one in tried} == {"finished", "stopped"}
     for one in tried:
@@ -78,21 +79,21 @@ def test_a_trial_stopped_early_does_not_look_finished(
     (folder(stopped, output) / record.RESULT).unlink()
 
 
-def test_the_value_of_a_trial_is_its_validation_accuracy(tried: list[tune.Tried], output: Path) -> None:
+def test_the_value_of_a_trial_is_its_validation_accuracy(tried: list[Tried], output: Path) -> None:
     for one in tried:
         if one.status == "finished":
             assert one.value == record.read_metrics(folder(one, output))[-1]["val_top1"]
 
 
 def test_finished_trials_are_known_to_the_next_search(
-    cluster: Cluster, tried: list[tune.Tried], output: Path, tiny_recipe: Recipe, clip_folder: Path
+    cluster: Cluster, tried: list[Tried], output: Path, tiny_recipe: Recipe, clip_folder: Path
 ) -> None:
-    space = tune.search_space(tiny_recipe)
-    known = tune.known_trials(tiny_recipe, space, output)
+    space = search_space(tiny_recipe)
+    known = known_trials(tiny_recipe, space, output)
     finished = {config.identity(one.recipe): one.value for one in tried if one.status == "finished"}
-    assert {config.identity(tune.apply(tiny_recipe, point)): value for point, value in known} == finished
+    assert {config.identity(apply(tiny_recipe, point)): value for point, value in known} == finished
     other_seed = config.replace(tiny_recipe, seed=1)
-    assert tune.known_trials(other_seed, tune.search_space(other_seed), output) == []
+    assert known_trials(other_seed, search_space(other_seed), output) == []
 
     again = search(
         cluster, tiny_recipe, space, 1, known, output, Operation(clip_folder), lambda one: None, early_stopping=False
@@ -107,7 +108,7 @@ def test_a_training_that_fails_does_not_end_the_search(
     cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
     wild = config.replace(tiny_recipe, **{"optim.base_lr": 1e30, "optim.clip_norm": None})
-    found = search(cluster, wild, tune.search_space(wild), 2, [], tmp_path, Operation(clip_folder), lambda one: None)
+    found = search(cluster, wild, search_space(wild), 2, [], tmp_path, Operation(clip_folder), lambda one: None)
     assert [(one.status, one.value) for one in found] == [("failed", None)] * 2
     assert "the loss became" in found[0].message
 
@@ -124,16 +125,16 @@ def test_the_best_settings_can_be_pasted_as_python_and_as_flags() -> None:
 
 
 def test_the_backbones_own_rate_is_searched_where_there_is_one() -> None:
-    assert "optim.backbone_lr_factor" not in tune.search_space(recipes.embedded)
-    full = tune.search_space(recipes.for_strategy(recipes.embedded, "full"))
+    assert "optim.backbone_lr_factor" not in search_space(recipes.embedded)
+    full = search_space(recipes.for_strategy(recipes.embedded, "full"))
     limits = full["optim.backbone_lr_factor"]
     assert limits.low < limits.own < limits.high <= 1
 
 
 def test_settings_are_rounded_but_the_recipes_own_values_are_kept() -> None:
     recipe = config.replace(recipes.embedded, **{"optim.base_lr": 0.123456})
-    assert tune.apply(recipe, {"optim.base_lr": 0.123456}) == recipe
-    assert tune.apply(recipe, {"optim.base_lr": 0.234567}).optim.base_lr == 0.235
+    assert apply(recipe, {"optim.base_lr": 0.123456}) == recipe
+    assert apply(recipe, {"optim.base_lr": 0.234567}).optim.base_lr == 0.235
 
 
 @pytest.mark.parametrize(
@@ -180,15 +181,15 @@ def test_the_data_root_of_a_search_may_be_an_address() -> None:
 
 def test_ctrl_c_ends_a_search_and_what_has_ended_counts(tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
     """On a Ray of its own: what was cut off may hold the CPUs until it is shut down."""
-    seen: list[tune.Tried] = []
+    seen: list[Tried] = []
 
-    def interrupt_soon(one: tune.Tried) -> None:
+    def interrupt_soon(one: Tried) -> None:
         seen.append(one)
         if len(seen) == 1:
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     longer = config.replace(tiny_recipe, **{"optim.epochs": 10})
-    space = tune.search_space(longer)
+    space = search_space(longer)
     with Cluster(Resources()) as alone:
         found = search(alone, longer, space, 50, [], tmp_path, Operation(clip_folder), interrupt_soon)
     assert found == seen and 1 <= len(found) < 50

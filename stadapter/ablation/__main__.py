@@ -9,13 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from stadapter.ablation import submit, tune
+from stadapter.ablation import submit
 from stadapter.ablation.flags import check_port
 from stadapter.config import ConfigError
 from stadapter.results import table
 from stadapter.trials import status
 from stadapter.trials.files import without_passwords
 from stadapter.trials.sweep import DEFAULT_OUTPUT, DEFAULT_STORE, load_sweep, records, sweep_folders
+from stadapter.tuning import tune
 
 DEFAULT_UI_PORT = 5000
 

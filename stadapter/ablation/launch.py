@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stadapter.ablation.terminal import Terminal
+from stadapter.ablation.progress import Terminal
 from stadapter.results import table
 from stadapter.trials import files, lock, record, status
 from stadapter.trials.stop import GentleStop

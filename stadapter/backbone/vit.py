@@ -182,5 +182,5 @@ def seed_weights(vit: ViT, seed: int) -> None:
                 parameter.zero_()
 
 
-# The architecture of the backbone in the package; `stadapter.pretrain_embedded` trains its weights.
+# The architecture of the backbone in the package; `tools.pretrain_embedded` trains its weights.
 EMBEDDED_SHAPE = VitShape(image_size=60, patch_size=12, width=96, depth=6, heads=3, mlp_width=384, activation="gelu")

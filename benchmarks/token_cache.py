@@ -1,6 +1,6 @@
 """Training steps of depth arms from cached tokens (`--cache-prefix`), against the same arms without, and a plain model.
 
-    python -m benchmarks.prefix
+    python -m benchmarks.token_cache
 
 ViT-B/16 at 8 frames, one clip, float32: adapters before the attention of the last blocks. Both ways take turns in one
 process with one thread; times are medians of its CPU seconds. With the cache a step begins with reading the clip's row
@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import plain
-from benchmarks.model_reference import PlainClassifier
+from benchmarks import reference_decoding
+from benchmarks.reference_model import PlainClassifier
 from benchmarks.step import gemms
 from stadapter import config, recipes
 from stadapter.config import Recipe
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         os.environ["STADAPTER_CACHE"] = folder
-        clip = plain.write_clip(Path(folder) / "clip.mp4", 0, seconds=2)
+        clip = reference_decoding.write_clip(Path(folder) / "clip.mp4", 0, seconds=2)
         clips = ClipList("list", "train", folder, [clip.name], [0], [False], ("a",))
         arms = {
             last: make_ways(config.replace(RECIPE, **{"adapter.blocks": tuple(range(12 - last, 12))}), clips)

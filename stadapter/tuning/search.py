@@ -26,10 +26,10 @@ import optuna
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from stadapter.ablation.tune import METRIC, Known, Range, Tried, apply
 from stadapter.config import Recipe
 from stadapter.training.options import Operation
 from stadapter.trials import record
+from stadapter.tuning.space import METRIC, Known, Range, Tried, apply
 
 FAILED_VALUE = 0.0  # what the search learns from a training that diverged: nothing is worse
 

@@ -1,4 +1,4 @@
-"""Makes the weights of the embedded backbone: `python -m stadapter.pretrain_embedded`, about 13 minutes of one core.
+"""Makes the weights of the embedded backbone: `python -m tools.pretrain_embedded`, about 13 minutes of one core.
 
 A small ViT learns which digits a still picture shows (CLS, multi-label) and which digit covers each patch. The dense
 loss matters: it makes patch tokens say what is where, which is what adapters compare between frames. The model
@@ -132,8 +132,8 @@ def save(vit: ViT, output: Path, **facts: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stadapter.pretrain_embedded", description=__doc__)
-    default = Path(__file__).parent / "backbone" / "embedded_vit.safetensors"
+    parser = argparse.ArgumentParser(prog="python -m tools.pretrain_embedded", description=__doc__)
+    default = Path(__file__).parents[1] / "stadapter" / "backbone" / "embedded_vit.safetensors"
     parser.add_argument("--output", type=Path, default=default, help="file to write (default: %(default)s)")
     parser.add_argument("--images", type=int, default=60_000, help="still images (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=12, help="passes over them (default: %(default)s)")
