@@ -29,11 +29,11 @@ ablations: $(VENV)/.installed
 			{ code=$$?; [ $$code -ne 130 ] || exit 130; failed="$$failed $$script"; }; \
 	done; \
 	printf '\n=== report  (%d min so far)\n\n' $$((($$(date +%s) - began) / 60)); \
-	$(BIN)/python -m analysis --output $(OUTPUT) || failed="$$failed report"; \
+	$(BIN)/stadapter report --output $(OUTPUT) || failed="$$failed report"; \
 	[ -z "$$failed" ] || { echo "error: not complete:$$failed"; exit 1; }
 
 report: $(VENV)/.installed
-	$(BIN)/python -m analysis --output $(OUTPUT)
+	$(BIN)/stadapter report --output $(OUTPUT)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -45,7 +45,7 @@ faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/faults --all-faults
 
 ui: $(VENV)/.installed
-	$(BIN)/python -m stadapter.ablation ui
+	$(BIN)/stadapter ui
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,9 +1,8 @@
-"""`python -m analysis`: the report, from a checkout. `stadapter report` is the same command, wherever it is
-installed."""
+"""`python -m analysis`, from a checkout: the same command as `stadapter report`."""
 
 import sys
 
-from stadapter.commands.report import main
+from stadapter.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["report", *sys.argv[1:]]))

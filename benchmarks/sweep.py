@@ -122,7 +122,7 @@ def relaunch_s(clips: Path, output: Path, recipe: Recipe, result: dict[str, Any]
 
 def many_trials_s(output: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, float]:
     """Of what is done with a thousand finished trials."""
-    from stadapter.ablation.__main__ import main
+    from stadapter.commands.main import main
     from stadapter.tracking.mirror import sync
 
     arms = [Arm(f"width {width}", {"adapter.bottleneck_width": width}) for width in range(1, 101)]

@@ -144,7 +144,7 @@ def for_strategy(recipe: Recipe, strategy: Strategy) -> Recipe:
     `partial`) have a rate of their own, an order of magnitude lower. On the embedded recipe none of these diverges.
     That of `full_space_time` was chosen on the validation split of its motion task (one seed; 88 % top-1, and 48 % at
     a quarter of the rate); the others are first choices, not the outcome of a search. For a comparison that gives each
-    side its best settings, search with `python -m stadapter.ablation tune`.
+    side its best settings, search with `stadapter tune`.
 
     `linear_probe` and `bitfit` do not train the final norm, whatever the recipe says, since their names say so.
     """

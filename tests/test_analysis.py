@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from stadapter import config, recipes
-from stadapter.commands.report import main
+from stadapter.commands.main import main
 from stadapter.results import table
 from stadapter.results.content import finding, glance
 from stadapter.results.figure import draw
@@ -191,8 +191,8 @@ def test_the_same_report_from_mlflow_and_from_the_folder(output: Path, tmp_path:
     for found in from_folder(output):
         sync(found.sweep, output, store)
     assert from_mlflow(store) == from_folder(output)
-    assert main(["--output", str(output), "--report", str(tmp_path / "a")]) == 0
-    assert main(["--tracking-uri", store, "--report", str(tmp_path / "b")]) == 0
+    assert main(["report", "--output", str(output), "--report", str(tmp_path / "a")]) == 0
+    assert main(["report", "--tracking-uri", store, "--report", str(tmp_path / "b")]) == 0
     written = sorted(
         path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*") if path.suffix != ".pdf"
     )
@@ -268,7 +268,7 @@ def test_the_sweeps_of_a_folder_are_found_by_name(output: Path) -> None:
 
 
 def test_the_command_line_of_sweeps_stays_light() -> None:
-    code = "import sys, stadapter.ablation.__main__; print([m for m in HEAVY if m in sys.modules])"
+    code = "import sys, stadapter.commands.main; print([m for m in HEAVY if m in sys.modules])"
     code = code.replace("HEAVY", "('torch', 'ray', 'mlflow', 'scipy', 'pandas', 'optuna', 'matplotlib')")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 

@@ -1,4 +1,4 @@
-"""`python -m stadapter.data check`: finds every bad clip, and leaves the user's files alone."""
+"""`stadapter check`: finds every bad clip, and leaves the user's files alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from videos import write_grey
 
+from stadapter.commands.main import main
 from stadapter.config import DataConfig
 from stadapter.data import check
-from stadapter.data.__main__ import main
 from stadapter.data.lists.formats import ClipList, load_clips
 from stadapter.data.reader import Reading
 

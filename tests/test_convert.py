@@ -12,7 +12,7 @@ from authors import authors_file, golden_backbone, golden_recipe, is_theirs
 from test_golden import FILES, PLACEMENTS, Golden, assert_relative
 
 from stadapter import config, recipes
-from stadapter.__main__ import main
+from stadapter.commands.main import main
 from stadapter.config import ConfigError, Recipe
 from stadapter.inference import authors
 from stadapter.inference.authors import our_names

@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from stadapter.__main__ import main, make_parser
+from stadapter.commands.main import main, make_parser
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- tested -->\n)?```bash\n(.*?)```", re.DOTALL)
+
+
+def as_a_user(words: list[str]) -> list[str]:
+    """Return the words of a command as this environment runs them."""
+    assert words[0] in ("python", "stadapter")
+    return [sys.executable, *(["-m", "stadapter"] if words[0] == "stadapter" else []), *words[1:]]
 
 
 def test_every_command_is_tested_or_says_what_it_needs() -> None:
@@ -30,7 +36,11 @@ def test_the_readmes_commands_are_ones_that_there_are() -> None:
     trained += [line[5:] for line in words if line[:1] == ["torchrun"]]
     assert len(trained) >= 6
     for line in trained:
-        make_parser().parse_args(line)  # exits where it cannot read it
+        if line[0] == "submit":
+            line = [*line[: line.index("--")], "--dry-run", *line[line.index("--") :]]
+            assert main(line) == 0
+        else:
+            make_parser().parse_args(line)  # exits where it cannot read it
     scripts = [line[1] for line in words if line[:1] == ["python"] and line[1] != "-m"]
     assert len(scripts) >= 10 and all((ROOT / script).exists() for script in scripts)
     targets = [line[1] for line in words if line[:1] == ["make"]]
@@ -41,8 +51,7 @@ def test_the_way_from_a_folder_to_a_training_works_as_written(clip_folder: Path,
     blocks = [block for tested, block in BLOCK.findall((ROOT / "docs" / "data.md").read_text()) if tested]
     for block in blocks:
         words = shlex.split(block.replace("\\\n", " ").replace("/data/mine", str(clip_folder)))
-        assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(as_a_user(words), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "checked" / "report.csv").exists()
     assert (tmp_path / "runs" / "first" / "result.json").exists()
@@ -53,8 +62,7 @@ def test_the_commands_about_an_idea_of_ones_own_work_as_written() -> None:
     assert blocks
     for block in blocks:
         words = shlex.split(block)
-        assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(as_a_user(words), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -63,15 +71,14 @@ def test_the_dry_runs_of_the_page_on_clusters_work_as_written() -> None:
     assert len(blocks) == 3
     for block in blocks:
         words = shlex.split(block)
-        assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(as_a_user(words), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "/shared/ssv2" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_hours_of_the_papers_tables_are_those_of_the_plan() -> None:
     page = (ROOT / "docs" / "reproduce.md").read_text()
     (command,) = [block for tested, block in BLOCK.findall(page) if tested]
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(as_a_user(shlex.split(command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     hours = dict(re.findall(r"^(\d+) frames .* (\S+)$", done.stdout, re.MULTILINE))
     assert hours.keys() == {"8", "16", "32"}

@@ -14,7 +14,7 @@ from test_golden import FILES, Golden
 from torch import Tensor
 
 from stadapter import config
-from stadapter.__main__ import main
+from stadapter.commands.main import main
 from stadapter.config import ConfigError, Recipe
 from stadapter.inference import authors
 from stadapter.inference.export import ExportError, export

@@ -102,7 +102,7 @@ def page(store: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "stadapter.ablation", "ui", "--port", port, "--tracking-uri", store]
+    command = [sys.executable, "-m", "stadapter", "ui", "--port", port, "--tracking-uri", store]
     ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     try:
         assert ui.stdout is not None

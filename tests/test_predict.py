@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stadapter import config, recipes
-from stadapter.__main__ import main
+from stadapter.commands.main import main
 from stadapter.config import ConfigError
 from stadapter.data.clips import ClipDataset
 from stadapter.data.lists.formats import load_clips

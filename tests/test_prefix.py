@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from stadapter import config
-from stadapter.__main__ import main as command
 from stadapter.ablation.plan import rate_of
+from stadapter.commands.main import main as command
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data import clips as clips_module
 from stadapter.data.cache.quota import Room

@@ -17,8 +17,8 @@ import pytest
 import slurm_here
 from slurm_here import said, wait_until
 
-from stadapter.ablation.__main__ import main
 from stadapter.cluster.submit.slurm import status
+from stadapter.commands.main import main
 
 pytestmark = slurm_here.needed
 

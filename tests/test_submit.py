@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from stadapter.ablation.__main__ import main
 from stadapter.cluster.submit import job as jobs
 from stadapter.cluster.submit import ray_jobs
+from stadapter.commands.main import main
 from stadapter.config import ConfigError
 from stadapter.trials import record
 
@@ -293,7 +293,7 @@ ROOT = Path(__file__).parent.parent
 
 def submit(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "stadapter.ablation", "submit", *map(str, arguments)],
+        [sys.executable, "-m", "stadapter", "submit", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | env,
     )  # fmt: skip
 

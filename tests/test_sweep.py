@@ -294,7 +294,7 @@ def test_a_port_in_use_has_a_one_line_answer(tmp_path: Path) -> None:
         (tmp_path / "mlflow.db").touch()
         flags = ["--port", str(port), "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
         ui = subprocess.run(
-            [sys.executable, "-m", "stadapter.ablation", "ui", *flags], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "stadapter", "ui", *flags], capture_output=True, text=True, timeout=60
         )
     for done in (sweep, ui):
         assert done.returncode == 2
@@ -307,7 +307,7 @@ def test_sync_writes_the_records_into_another_store(output: Path, tmp_path: Path
     import mlflow
 
     store = f"sqlite:///{tmp_path}/other.db"
-    sync = [sys.executable, "-m", "stadapter.ablation", "sync", "--output", output, "--tracking-uri", store]
+    sync = [sys.executable, "-m", "stadapter", "sync", "--output", output, "--tracking-uri", store]
     done = subprocess.run(sync, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     client = mlflow.MlflowClient(store)

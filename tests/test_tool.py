@@ -16,15 +16,14 @@ import made_up
 import pytest
 
 from stadapter import __version__
-from stadapter.__main__ import main, make_parser
-from stadapter.ablation.__main__ import main as sweeps_main
+from stadapter.commands.main import main, make_parser
 from stadapter.trials import record, status
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "ray", "mlflow", "pandas", "shtab", "onnx")
 COMMANDS = (
-    *("train", "evaluate", "predict", "export", "convert", "plan", "sweep status", "sweep table", "sweep ui"),
-    *("sweep tune", "sync", "submit", "data check", "completion"),
+    *("train", "evaluate", "predict", "export", "convert", "plan", "status", "table", "ui", "sync", "report"),
+    *("tune", "submit", "check", "completion"),
 )
 
 
@@ -39,7 +38,7 @@ def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[s
 
 def test_help_names_every_command_and_exit_code_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from stadapter.__main__ import main\n"
+        "import sys; from stadapter.commands.main import main\n"
         "try: main(['--help'])\n"
         f"finally: print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
     )
@@ -60,7 +59,7 @@ def test_every_command_explains_itself_and_each_of_its_flags(command: str) -> No
 def test_the_module_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "stadapter", "--version"], capture_output=True, text=True)
     assert done.stdout == f"stadapter {__version__}\n"
-    assert 'stadapter = "stadapter.__main__:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'stadapter = "stadapter.commands.main:main"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_plan_runs_the_script_with_its_flags_and_gives_its_exit_code(tmp_path: Path, capfd: Any) -> None:
@@ -81,17 +80,23 @@ def test_sweep_status_counts_what_is_done_failed_resumable_and_to_do(tmp_path: P
         (folder / record.RESULT).unlink()
     status.count_failure(failed, 2, "out of memory")
     (resumable / record.CHECKPOINT).touch()
-    assert main(["sweep", "status", "--output", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    lines = said.splitlines()
+    assert main(["status", "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "kernel-embedded: 5 done, 1 failed, 1 resumable, 1 to do"
     assert len(lines) == 9
     for line, trial, expected in zip(
         lines[1:], sweep.trials, ["to do", "failed once", "resumable (0 of 4 epochs done)", *["done"] * 5], strict=True
     ):
         assert line.split(trial.id) == [f"  {trial.name}  ", f"  {expected}"]
-    assert sweeps_main(["status", "--output", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(["stadapter.ablation", "status"], "status"), (["stadapter.data", "check"], "check")]
+)
+def test_an_old_front_door_still_answers_and_says_what_to_type(old: list[str], new: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", *old, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: stadapter {new} ")
+    assert done.stderr == f"note: `python -m {old[0]}` is now `stadapter {new}`\n"
 
 
 def test_sync_submit_and_data_check_are_the_functions_of_the_modules(tmp_path: Path, capsys: Any) -> None:
@@ -100,7 +105,7 @@ def test_sync_submit_and_data_check_are_the_functions_of_the_modules(tmp_path: P
     words = ["submit", "slurm", "--dry-run", "--", "experiments/ablate_kernel.py", "--output", "/shared/runs"]
     assert main(words) == 0
     assert "ablate_kernel.py --output /shared/runs" in capsys.readouterr().out
-    assert main(["data", "check", "folder", "--data-root", str(tmp_path)]) == 2
+    assert main(["check", "folder", "--data-root", str(tmp_path)]) == 2
     assert "train: the folder is missing" in capsys.readouterr().err
 
 
@@ -110,7 +115,7 @@ def test_bash_completes_commands_and_flags(tmp_path: Path, capsys: Any) -> None:
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     ask = 'COMP_WORDS=(%s); COMP_CWORD=%d; _shtab_stadapter; echo "${COMPREPLY[@]}"\n'
-    script += ask % ("stadapter ev", 1) + ask % ("stadapter sweep st", 2) + ask % ("stadapter predict --cl", 2)
+    script += ask % ("stadapter ev", 1) + ask % ("stadapter stat", 1) + ask % ("stadapter predict --cl", 2)
     done = subprocess.run(["bash"], input=script, capture_output=True, text=True)
     assert done.stdout.split() == ["evaluate", "status", "--clips-per-pass"], done.stderr
 
@@ -128,4 +133,4 @@ def test_the_wheel_carries_the_backbone_the_types_and_the_command(tmp_path: Path
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "stadapter").rglob("*.py")}
     others = {"py.typed", "backbone/embedded_vit.safetensors", "results/paper.toml", "cluster/submit/slurm_job.sh"}
     assert modules | {f"stadapter/{name}" for name in others} <= names
-    assert "stadapter = stadapter.__main__:main" in points
+    assert "stadapter = stadapter.commands.main:main" in points

@@ -325,7 +325,7 @@ def test_a_dead_server_costs_one_warning_and_seconds(
     run_whole(mirror, sweep, tmp_path, [])
     assert time.monotonic() - began < 12
     assert len(said) == 1
-    assert f"python -m stadapter.ablation sync --output {tmp_path} --tracking-uri {dead_server}" in said[0]
+    assert f"stadapter sync --output {tmp_path} --tracking-uri {dead_server}" in said[0]
     assert "\n" not in said[0]
     assert mirror.address == ""
     assert capfd.readouterr() == ("", "")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from stadapter import config, recipes
-from stadapter.ablation.__main__ import main
 from stadapter.cluster.ray_runtime import Cluster, Resources
+from stadapter.commands.main import main
 from stadapter.config import Recipe
 from stadapter.training.loop import train
 from stadapter.training.options import Operation

@@ -231,7 +231,7 @@ def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, st
     if mirror is not None:
         uri = shlex.quote(files.without_passwords(options.tracking_uri))
         store = "" if options.tracking_uri == DEFAULT_STORE else f" --tracking-uri {uri}"
-        print(f"  {python} -m stadapter.ablation ui{store}    # compare the runs in MLflow")
+        print(f"  {python} -m stadapter ui{store}    # compare the runs in MLflow")
     another = "ablate_kernel.py" if sweep.name == "width" else "ablate_width.py"
     print(f"  {python} experiments/{another}    # another question")
     return 0

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stadapter import config, recipes
+from stadapter.ablation.exit_codes import exit_code_of
 from stadapter.ablation.flags import Values, check_gpu_flags, check_numbers, check_port, make_parser
 from stadapter.ablation.launch import Request, launch
 from stadapter.config import ConfigError, Recipe
 from stadapter.training.flags import reading_flags, speed_flags
 from stadapter.training.options import GPU_CLIPS_PER_PASS
-from stadapter.trials import files, record, status
+from stadapter.trials import record, status
 from stadapter.trials.sweep import SWEEP, Arm, Sweep, Trial, load_sweep, make_sweep, save_sweep
 
 if TYPE_CHECKING:
@@ -48,18 +49,11 @@ def main(
     read is a ConfigError. `values` may be a function of the recipe, where the arms worth comparing depend on it.
     """
     options = make_parser(doc, name, values).parse_args(arguments)
-    try:
-        code = _run(doc, name, values, make_arm, options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except files.WriteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print("stopped at once; the same command goes on from there", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    sys.exit(
+        exit_code_of(
+            lambda: _run(doc, name, values, make_arm, options), "stopped at once; the same command goes on from there"
+        )
+    )
 
 
 def _run(

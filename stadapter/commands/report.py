@@ -1,26 +1,29 @@
-"""`python -m analysis`: tables, figures and one report from the records of finished sweeps."""
+"""The command that writes the report: tables, figures and one page from the records of finished sweeps."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from stadapter.commands.models import Commands, add_parser
 from stadapter.config import ConfigError
+from stadapter.trials.sweep import DEFAULT_OUTPUT
 
 EPILOG = "exit codes: 0 done; 2 the input cannot work. An incomplete sweep is reported, with its holes marked."
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis",
-        description="Print the tables of all finished sweeps and write one report with figures.",
-        epilog=EPILOG,
+def add_report(commands: Commands) -> None:
+    parser = add_parser(
+        commands,
+        "report",
+        "write the tables and figures of all sweeps as one page",
+        "Print the tables of all finished sweeps and write one report with figures.",
+        EPILOG,
     )
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("runs"),
+        default=DEFAULT_OUTPUT,
         metavar="FOLDER",
         help="the sweeps' --output (default: %(default)s)",
     )
@@ -30,15 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="where the report is written (default: report in the --output)"
     )
-    options = parser.parse_args(arguments)
-    try:
-        return _run(options.output, options.tracking_uri, options.report or options.output / "report")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.set_defaults(run=_report)
 
 
-def _run(output: Path, tracking_uri: str | None, folder: Path) -> int:
+def _report(options: argparse.Namespace) -> int:
+    output, tracking_uri = options.output, options.tracking_uri
+    folder = options.report or output / "report"
     from stadapter.results import table
     from stadapter.results.report import write_report
     from stadapter.results.sources import from_folder
@@ -53,7 +53,3 @@ def _run(output: Path, tracking_uri: str | None, folder: Path) -> int:
         raise ConfigError(f"--report {folder}: cannot be written ({error.strerror}); choose another folder") from None
     print(f"Report: {page} (and report.md, tables/, figures/ beside it)")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -49,7 +49,7 @@ class BadClips:
         if len(self.reasons) > self.max_share * self.num_clips:
             raise BadClipsError(
                 f"{len(self.reasons)} of {self.num_clips} {self.split} clips cannot be read, more than --max-bad-share "
-                f"{self.max_share:g}; the first: {self.first()[0]}; `python -m stadapter.data check` lists all"
+                f"{self.max_share:g}; the first: {self.first()[0]}; `stadapter check` lists all"
             )
 
     def first(self) -> list[str]:

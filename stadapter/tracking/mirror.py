@@ -39,7 +39,7 @@ class Mirror:
         self._store = Store(sweep, output, tracking_uri, experiment)
         self._say = say
         uri = shlex.quote(files.without_passwords(tracking_uri))
-        self._sync = f"python -m stadapter.ablation sync --output {shlex.quote(str(output))} --tracking-uri {uri}"
+        self._sync = f"stadapter sync --output {shlex.quote(str(output))} --tracking-uri {uri}"
         self._began, self._waited = time.monotonic(), 0.0
         self._opening: Future[None] | None = None
         self.working = True

@@ -48,8 +48,7 @@ def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[
         raise ConfigError(f"--tracking-uri {shown}: cannot be read ({reason[:160]})") from None
     if not found:
         raise ConfigError(
-            f"--tracking-uri {shown}: holds no sweep with its {SWEEP}; "
-            "`python -m stadapter.ablation sync` brings it up to date"
+            f"--tracking-uri {shown}: holds no sweep with its {SWEEP}; `stadapter sync` brings it up to date"
         )
     return [found[name] for name in sorted(found)]
 

@@ -1,4 +1,4 @@
-"""`python -m stadapter.ablation tune`: the best optimiser settings for a recipe and a strategy.
+"""`stadapter tune`: the best optimiser settings for a recipe and a strategy.
 
 Searched on the validation split, one seed, so that a comparison can give each side its best settings without having
 looked at the test split. This module is light; Ray and Optuna load when the search starts.

@@ -411,7 +411,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def assert_in_step(server: Server, output: Path) -> None:
     """After `sync` the store holds each trial once, finished, with every epoch once."""
-    words = ["-m", "stadapter.ablation", "sync", "--output", str(output), "--tracking-uri", server.address]
+    words = ["-m", "stadapter", "sync", "--output", str(output), "--tracking-uri", server.address]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=LAUNCH_TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     client = mlflow.MlflowClient(server.address)
@@ -559,7 +559,7 @@ class SlurmJob:
         words = ["submit", "slurm", "--nodes", str(self.nodes), "--cpus-per-node", "2", "--records", str(jobs)]
         words += ["--env", f"TRACE={self.sweep.folder / 'trace'}"]
         done = subprocess.run(
-            [sys.executable, "-m", "stadapter.ablation", *words, "--", *self.sweep.command()[1:]],
+            [sys.executable, "-m", "stadapter", *words, "--", *self.sweep.command()[1:]],
             cwd=HERE, capture_output=True, text=True, timeout=LAUNCH_TIMEOUT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`python -m stadapter.ablation submit`: the command that runs here, on a cluster.
+"""`stadapter submit`: the command that runs here, on a cluster.
 
 Behind `--` stands what would be typed here. Each back end is a module with the same functions: its flags, the artefact
 that carries the job, and how the job is submitted, asked after, read and stopped.
@@ -20,9 +20,9 @@ BACKENDS = {"slurm": slurm, "ray": ray_jobs, "kubernetes": kubernetes}
 DEFAULT_RECORDS = DEFAULT_OUTPUT / "submissions"
 
 EXAMPLES = """\
-  submit slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- experiments/ablate_kernel.py --data-root /shared/ssv2
-  submit ray --ray-address http://127.0.0.1:8265 -- experiments/ablate_kernel.py --output /shared/runs
-  submit status"""
+  stadapter submit slurm --nodes 2 --gpus-per-node 8 -- experiments/ablate_kernel.py --data-root /shared/ssv2
+  stadapter submit ray --ray-address http://127.0.0.1:8265 -- experiments/ablate_kernel.py --output /shared/runs
+  stadapter submit status"""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m stadapter.ablation submit",
+        prog="stadapter submit",
         description="Run a script on a cluster: what would be typed here stands behind `--`.",
         epilog=f"examples:\n{EXAMPLES}\n\nexit codes: 0 done; 2 the input cannot work, or the cluster refused it",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,7 +106,7 @@ def _submit(options: argparse.Namespace, words: list[str]) -> int:
     print(f"submitted {job.id} ({backend.describe(facts)})\nNext:")
     where = [] if options.records == DEFAULT_RECORDS else ["--records", str(options.records)]
     for verb, *flags in (["status"], ["logs", "--follow"], ["stop"]):
-        print("  " + shlex.join(["python", "-m", "stadapter.ablation", "submit", verb, job.id, *flags, *where]))
+        print("  " + shlex.join(["stadapter", "submit", verb, job.id, *flags, *where]))
     return 0
 
 
