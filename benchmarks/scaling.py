@@ -53,7 +53,7 @@ from stadapter.training.state import Clock, Run
 MODELLED = ("ssv2_clip_b16", "kinetics400_clip_b16")
 NUMBERS_OF_GPUS = tuple(2**k for k in range(3, 10))
 GPUS_PER_NODE = 8
-BYTES_PER_GRADIENT = 4  # float32 under every precision; tests/test_train.py counts them
+BYTES_PER_GRADIENT = 4  # float32 under every precision; tests/training/test_loop.py counts them
 WARM_UP_STEPS = 3
 
 

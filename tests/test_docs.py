@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import BLOCK, ROOT
 
 from stadapter.commands.main import main, make_parser
-
-ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- tested -->\n)?```bash\n(.*?)```", re.DOTALL)
 
 
 def as_a_user(words: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 Each starts as an exact zero beside the frozen model, prompts excepted: the first step of a comparison is the same for
 all. Frame embeddings start at random all the same, behind a map that starts at zero: from zero, a model does not see
 the order of frames and has next to no gradient towards seeing it (direction accuracy stayed at exactly 50 %).
-Where the paper leaves a choice open, the class says which was made and why. LoRA is in `stadapter.model.lora`.
+Where the paper leaves a choice open, the class says which was made and why.
 
 Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), L = T * S tokens of a clip, D width.
 """
@@ -16,7 +16,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stadapter.backbone.vit import Block, ViT, VitShape, attention
+from stadapter.backbone.vit import ALL_ROWS, Block, ViT, VitShape, attention
+
+
+class LowRank(nn.Module):
+    """B A, added to what a frozen linear map gives. B starts at zero, so a fresh one changes nothing.
+
+    Without LoRA's factor alpha / r (it is 1): what it tunes, the learning rate tunes as well.
+    """
+
+    def __init__(self, width_in: int, width_out: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width_in, rank, bias=False)  # A
+        self.up = nn.Linear(rank, width_out, bias=False)  # B
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor, rows: slice = ALL_ROWS) -> Tensor:
+        """`rows`: the part of the outputs that is wanted."""
+        return F.linear(self.down(h), self.up.weight[rows])
+
+
+class LoRA(nn.Module):
+    """For one block's attention: its query-key-value matrix as one map, and its output matrix."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.qkv = LowRank(width, 3 * width, rank)
+        self.proj = LowRank(width, width, rank)
+
 
 FRAME_STD = 0.5  # of frame embeddings, beside tokens of about unit scale
 

@@ -25,8 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from stadapter.backbone.vit import ViT
 from stadapter.config import AdapterConfig, RivalConfig, Strategy, derive_seed
 from stadapter.model.adapter import STAdapter
-from stadapter.model.baselines import AttentionPool, DividedAttention, TemporalTransformer, make_prompts
-from stadapter.model.lora import LoRA
+from stadapter.model.baselines import AttentionPool, DividedAttention, LoRA, TemporalTransformer, make_prompts
 from stadapter.model.placement import PLACES, PLACES_BEHIND, AdapterClass, blocks_with_adapter, make_adapter
 from stadapter.model.state import trainable_parameters
 

@@ -12,7 +12,7 @@ import pytest
 
 from stadapter.trials import record
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "analysis").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")

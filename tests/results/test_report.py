@@ -28,7 +28,7 @@ from stadapter.tracking.reader import from_mlflow
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Arm, make_sweep, sweep_folders
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from stadapter.training.hardware import device_name
 from stadapter.trials.status import entry
 from stadapter.trials.sweep import make_sweep
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNEL = str(ROOT / "experiments" / "ablate_kernel.py")
 
 

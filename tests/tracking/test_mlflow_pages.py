@@ -19,9 +19,9 @@ import made_up
 import mlflow
 import pandas as pd
 import pytest
+from documents import BLOCK, ROOT
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
-from test_docs import BLOCK, ROOT
 
 from stadapter.config import ConfigError, Recipe
 from stadapter.inference.predict import predict

@@ -223,7 +223,7 @@ def test_every_field_of_the_manifest_is_one_of_kuberay_s_definition(
     manifest = yaml.safe_load(dry_run(capsys, "kubernetes", *flags, "--code", "https://host/{commit}.zip"))
     metadata = manifest.pop("metadata")
     assert set(metadata) == {"name", "namespace", "annotations"}
-    fields = json.loads((Path(__file__).parent / "data" / "rayjob_fields.json").read_text())["rayjob"]
+    fields = json.loads((Path(__file__).parent / "rayjob_fields.json").read_text())["rayjob"]
     assert misfits(manifest, fields) == []
     manifest["spec"]["backoffLimit"] = "10"
     manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["container"] = []
@@ -288,7 +288,7 @@ def test_too_much_code_names_the_file(checkout: Path, tmp_path: Path, monkeypatc
         jobs.copy_code(job, tmp_path / "copy")
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def submit(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

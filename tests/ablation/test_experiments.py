@@ -1,4 +1,4 @@
-"""The scripts in experiments/: the arms they make of words and recipes. What a sweep then does is in test_sweep."""
+"""The scripts in experiments/: the arms that they make of words and recipes. Whole sweeps: cluster/test_sweeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stadapter.training.loop import train
 from stadapter.training.options import Operation
 from stadapter.trials.sweep import Arm, make_sweep
 
-FOLDER = Path(__file__).parent.parent / "experiments"
+FOLDER = Path(__file__).parents[2] / "experiments"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem.startswith(("ablate_", "compare_")))
 PAPER = (recipes.ssv2_clip_b16, recipes.kinetics400_clip_b16)
 LAYOUTS = (*PAPER, recipes.epic_kitchens100_clip_b16)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from authors import authors_file, golden_backbone, golden_recipe, is_theirs
-from test_golden import FILES, PLACEMENTS, Golden, assert_relative
+from golden import FILES, PLACEMENTS, Golden, assert_relative
 
 from stadapter import config, recipes
 from stadapter.commands.main import main

@@ -19,7 +19,7 @@ from stadapter import __version__
 from stadapter.commands.main import main, make_parser
 from stadapter.trials import record, status
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "mlflow", "pandas", "shtab", "onnx")
 COMMANDS = (
     *("train", "evaluate", "predict", "export", "convert", "plan", "status", "table", "ui", "sync", "report"),

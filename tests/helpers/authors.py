@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import open_clip
 import torch
-from test_golden import FILES, Golden
+from golden import FILES, Golden
 
 from stadapter import config, recipes
 from stadapter.config import Recipe

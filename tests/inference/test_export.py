@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from authors import authors_file, golden_recipe
-from test_golden import FILES, Golden
+from golden import FILES, Golden
 from torch import Tensor
 
 from stadapter import config

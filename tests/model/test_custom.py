@@ -22,7 +22,7 @@ from stadapter.training.loop import train
 from stadapter.training.options import Operation
 from stadapter.trials import files, record
 
-IDEAS = Path(__file__).parent.parent / "docs" / "own_idea"
+IDEAS = Path(__file__).parents[2] / "docs" / "own_idea"
 
 
 def module_of(path: Path) -> Any:

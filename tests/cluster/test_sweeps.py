@@ -28,7 +28,7 @@ from stadapter.training.options import Operation
 from stadapter.trials import record
 from stadapter.trials.sweep import Arm, Trial, load_sweep, make_sweep, records
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "ablate_kernel.py"
 
 
@@ -201,7 +201,7 @@ def test_a_trial_that_fails_says_why_and_costs_no_other(
 def test_an_adapter_from_somebodys_file_trains_in_the_processes_of_a_sweep(
     cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    path = Path(__file__).parent.parent / "docs" / "own_idea" / "temporal_attention.py"
+    path = Path(__file__).parents[2] / "docs" / "own_idea" / "temporal_attention.py"
     spec = importlib.util.spec_from_file_location("temporal_attention", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules["temporal_attention"] = importlib.util.module_from_spec(spec)

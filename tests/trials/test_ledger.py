@@ -29,7 +29,7 @@ from stadapter.trials import files, lock, record, status
 from stadapter.trials.stop import GentleStop, Standstill, moving, watch
 from stadapter.trials.sweep import Arm, make_sweep
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNEL = str(ROOT / "experiments" / "ablate_kernel.py")
 
 

@@ -14,9 +14,9 @@ import open_clip
 import pytest
 import timm
 import torch
+from golden import FILES, PLACEMENTS, Golden, assert_relative
 from open_clip.transformer import QuickGELU, Transformer
 from open_clip.transformer import VisionTransformer as OpenClipTower
-from test_golden import FILES, PLACEMENTS, Golden, assert_relative
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn

@@ -16,7 +16,7 @@ import ray
 from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.trials import record
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "ablate_kernel.py"
+SCRIPT = Path(__file__).parents[2] / "experiments" / "ablate_kernel.py"
 SMALL = {
     "data.frame_size": "60",
     "data.num_frames": "4",
