@@ -45,9 +45,9 @@ from stadapter.data.bad_clips import BadClips
 from stadapter.data.reader import Reading
 from stadapter.model.cost import cost_of
 from stadapter.training import hardware
-from stadapter.training.loop import _make_learner, _train_epoch
-from stadapter.training.options import Operation
-from stadapter.training.runtime import World
+from stadapter.training.loop import _make_components, _train_epoch
+from stadapter.training.options import TrainOptions
+from stadapter.training.runtime import ProcessGroup
 from stadapter.training.state import Clock, Run
 
 MODELLED = ("ssv2_clip_b16", "kinetics400_clip_b16")
@@ -91,15 +91,17 @@ def cases(global_batch: int) -> list[Case]:
     ]
 
 
-def time_steps(recipe: Recipe, world: World, clips: int, steps: int, folder: Path) -> tuple[list[float], list[float]]:
+def time_steps(
+    recipe: Recipe, group: ProcessGroup, clips: int, steps: int, folder: Path
+) -> tuple[list[float], list[float]]:
     """Seconds of each step of this process, and of its exchange of gradients (0 in a world of one)."""
-    recipe = config.replace(recipe, **{"optim.global_batch": clips * world.size})
-    learner = _make_learner(recipe, Operation(), world)
+    recipe = config.replace(recipe, **{"optim.global_batch": clips * group.world_size})
+    components = _make_components(recipe, TrainOptions(), group)
     exchanges: list[float] = []
-    if isinstance(learner.replica, DistributedDataParallel):
-        learner.replica.register_comm_hook(None, _timed_into(exchanges))
+    if isinstance(components.replica, DistributedDataParallel):
+        components.replica.register_comm_hook(None, _timed_into(exchanges))
     size, T = recipe.data.frame_size, recipe.data.num_frames
-    generator = torch.Generator().manual_seed(world.rank)
+    generator = torch.Generator().manual_seed(group.rank)
     batch = {
         "pixels": torch.randint(0, 256, (clips, T, 3, size, size), dtype=torch.uint8, generator=generator),
         "label": torch.randint(0, recipe.data.num_classes, (clips,), generator=generator),
@@ -113,7 +115,7 @@ def time_steps(recipe: Recipe, world: World, clips: int, steps: int, folder: Pat
             yield [batch]
 
     count = WARM_UP_STEPS + steps
-    run = Run(folder, learner, BadClips("train", 1, 1.0), {}, count, float("inf"), None, Clock())
+    run = Run(folder, components, BadClips("train", 1, 1.0), {}, count, float("inf"), None, Clock())
     _train_epoch(run, endless(), None)
     ends.append(time.perf_counter())
     took = [after - before for before, after in itertools.pairwise(ends)]
@@ -149,8 +151,8 @@ def _measure_in(rank: int, folder: Path, global_batch: int, steps: int, rounds: 
             for number, case in enumerate(cases(global_batch)):
                 dist.barrier()  # sleeps on a socket
                 if rank < case.processes:
-                    world = World(rank, 2) if case.processes == 2 and case.exchange else World()
-                    times = time_steps(recipes.embedded, world, case.clips_per_process, steps, folder)
+                    group = ProcessGroup(rank, 2) if case.processes == 2 and case.exchange else ProcessGroup()
+                    times = time_steps(recipes.embedded, group, case.clips_per_process, steps, folder)
                     for kept, new in zip(found[number], times, strict=True):
                         kept += new
         dist.barrier()

@@ -68,11 +68,11 @@ def between_trials_s(clips: Path, output: Path, trials: int, recipe: Recipe) -> 
     """Seconds between two trials of a sweep that runs one at a time."""
     from stadapter.cluster.ray_runtime import Cluster, Resources
     from stadapter.cluster.runner import run_trials
-    from stadapter.training.options import Operation
+    from stadapter.training.options import TrainOptions
 
     sweep = make_sweep("none", "?", recipe, [Arm("only", {})], trials)
     with Cluster(Resources(cpus_per_process=os.cpu_count() or 1)) as cluster:
-        run_trials(cluster, sweep.trials, output, Operation(data_root=clips), lambda *event: None)
+        run_trials(cluster, sweep.trials, output, TrainOptions(data_root=clips), lambda *event: None)
     found = sorted((r for r in records(sweep, output) if r is not None), key=lambda result: result["started"])
     assert len(found) == trials
     return [after["started"] - before["finished"] for before, after in itertools.pairwise(found)]

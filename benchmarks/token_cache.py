@@ -42,7 +42,7 @@ from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import trainable_parameters
 from stadapter.training import hardware
 from stadapter.training.optim import make_optimizer
-from stadapter.training.token_cache import Prefix, open_prefix
+from stadapter.training.token_cache import TokenCache, open_token_cache
 
 CPU = torch.device("cpu")
 TARGETS = {1: 15.0, 2: None, 3: 4.0, 6: None}  # last k blocks -> least ratio
@@ -69,7 +69,7 @@ class Way:
     model: VideoClassifier | PlainClassifier
     optimizer: torch.optim.Optimizer
     dataset: ClipDataset
-    prefix: Prefix | None
+    prefix: TokenCache | None
     pixels: Tensor
     label: Tensor
     seconds: list[float] = field(default_factory=list)
@@ -112,7 +112,7 @@ def make_ways(recipe: Recipe, clips: ClipList) -> tuple[Way, Way, Way]:
         optimizer = make_optimizer(model, recipe.optim)
         for group in optimizer.param_groups:
             group["lr"] = RATE
-        prefix = open_prefix(model, recipe, 1, "auto", CPU) if is_cached else None
+        prefix = open_token_cache(model, recipe, 1, "auto", CPU) if is_cached else None
         dataset = ClipDataset(clips, recipe.data, 0, train=True, rows=prefix.open_rows(clips) if prefix else None)
         batch = _batch(dataset)
         if prefix:

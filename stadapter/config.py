@@ -127,7 +127,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class RivalConfig:
+class BaselineConfig:
     """Sizes of the strategies that ST-Adapter is compared with; a strategy reads its own alone."""
 
     prompts: int = 8  # learned tokens per block (prompt)
@@ -142,7 +142,7 @@ class RivalConfig:
 
 
 @dataclass(frozen=True)
-class OwnCode:
+class CustomCode:
     """An adapter or a model that is not in the package: a name in a Python file, and what that file says.
 
     Where the file lies decides nothing and is not hashed; its content is. `stadapter.model.custom` fills these in.
@@ -211,8 +211,8 @@ class Recipe:
     backbone: BackboneConfig
     optim: OptimConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    rival: RivalConfig = field(default_factory=RivalConfig)
-    own: OwnCode = field(default_factory=OwnCode)
+    rival: BaselineConfig = field(default_factory=BaselineConfig)
+    own: CustomCode = field(default_factory=CustomCode)
     strategy: Strategy = "st_adapter"
     train_final_norm: bool = False
     seed: int = 0

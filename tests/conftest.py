@@ -14,7 +14,7 @@ from stadapter import config, recipes
 from stadapter.config import Recipe
 from stadapter.data.lists.embedded import MOTION_CLASSES, render_clip, write_mp4
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 
 
 def pytest_configure() -> None:
@@ -76,16 +76,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def operation(clip_folder: Path) -> Operation:
-    return Operation(data_root=clip_folder)
+def train_options(clip_folder: Path) -> TrainOptions:
+    return TrainOptions(data_root=clip_folder)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tiny_recipe: Recipe, operation: Operation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tiny_recipe: Recipe, train_options: TrainOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one undisturbed training of the tiny recipe, in one process with one thread."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("undisturbed")
-    train(tiny_recipe, folder, operation)
+    train(tiny_recipe, folder, train_options)
     return folder
 
 

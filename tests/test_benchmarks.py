@@ -24,7 +24,7 @@ from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 from stadapter.data.video.decoding import check_backend, decode
 from stadapter.model.cost import cost_of
-from stadapter.training.runtime import World
+from stadapter.training.runtime import ProcessGroup
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_two_processes_at_the_pace_of_one_are_fully_efficient_where_each_has_as_
 
 
 def test_the_training_loop_s_own_steps_are_timed(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    took, exchanges = scaling.time_steps(tiny_recipe, World(), 2, 3, tmp_path)
+    took, exchanges = scaling.time_steps(tiny_recipe, ProcessGroup(), 2, 3, tmp_path)
     assert len(took) == 3 and all(0 < seconds < 60 for seconds in took)
     assert exchanges == [0, 0, 0]
     assert not list(tmp_path.iterdir())

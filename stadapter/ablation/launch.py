@@ -26,19 +26,19 @@ from stadapter.trials.sweep import DEFAULT_STORE, FIGURE, SWEEP, Sweep, Trial, r
 if TYPE_CHECKING:
     from stadapter.cluster.ray_runtime import Resources
     from stadapter.tracking.mirror import Mirror
-    from stadapter.training.options import Operation
+    from stadapter.training.options import TrainOptions
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks for. Where nothing is missing it needs neither `operation` nor `resources`."""
+    """What a command asks for. Where nothing is missing it needs neither `train_options` nor `resources`."""
 
     sweep: Sweep
     selected: Sequence[Trial]  # in the order in which they should run
     missing: frozenset[str]  # ids of those among them that have no result yet
     output: Path
     options: argparse.Namespace
-    operation: Operation | None = None
+    train_options: TrainOptions | None = None
     resources: Resources | None = None
     estimate_s: float | None = None  # of the trials that are missing, where there is one
 
@@ -95,13 +95,13 @@ class Launch:
                     from stadapter.cluster.runner import run_trials
 
                     request = self.request
-                    assert request.operation is not None and request.resources is not None
+                    assert request.train_options is not None and request.resources is not None
                     if cluster is None:
                         cluster = stack.enter_context(Cluster(request.resources))
                         at_once = min(cluster.trials_at_once(), len(free))
                         self.terminal.starting(len(free), at_once, request.resources, request.output)
                     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-                    run_trials(cluster, free, request.output, request.operation, self.event, self.stop, command)
+                    run_trials(cluster, free, request.output, request.train_options, self.event, self.stop, command)
                     if self.unwritten is not None:
                         raise self.unwritten
                 self._wait_for_others()
@@ -203,7 +203,7 @@ def _conclude(request: Request, terminal: Terminal, mirror: Mirror | None, *, st
     if mirror is not None:
         ended = "KILLED" if stopped and left else "FAILED" if left else "KILLED" if holes else "FINISHED"
         mirror.finish([folder / SWEEP, *kept], ended)
-    if request.operation is not None:
+    if request.train_options is not None:
         from stadapter.ablation.plan import compare_with_reality
 
         ran = [trial for trial in request.selected if trial.id in request.missing]

@@ -30,9 +30,9 @@ from stadapter.trials.sweep import SWEEP, Arm, Sweep, Trial, load_sweep, make_sw
 
 if TYPE_CHECKING:
     from stadapter.cluster.ray_runtime import Resources
-    from stadapter.data.clips import Elsewhere
+    from stadapter.data.clips import RemoteLoader
     from stadapter.data.lists.clip_list import ClipList
-    from stadapter.training.options import Operation
+    from stadapter.training.options import TrainOptions
 
 
 def main(
@@ -93,11 +93,11 @@ def _run(
     request = Request(sweep, selected, missing_ids, output, options)
     if missing:
         dead, macs = costs
-        operation, resources = _operation(options, num_gpus), _resources(options, num_gpus)
+        train_options, resources = _train_options(options, num_gpus), _resources(options, num_gpus)
         # The longest first: none of them then runs alone at the end.
         order = sorted(selected, key=lambda trial: -macs[trial.arm] * trial.recipe.optim.epochs)
         estimate_s = _estimate(missing, list(entries.values()), options, num_gpus)
-        request = Request(sweep, order, missing_ids, output, options, operation, resources, estimate_s)
+        request = Request(sweep, order, missing_ids, output, options, train_options, resources, estimate_s)
     try:
         if options.force and (moved := status.set_aside(selected, output)):
             print(f"--force: {len(moved)} old records are in {moved[0].parent}")
@@ -257,25 +257,25 @@ def _cores_per_process(options: argparse.Namespace, num_gpus: int) -> int:
     return max(1, cores // options.trials_per_gpu)
 
 
-def _operation(options: argparse.Namespace, num_gpus: int) -> Operation:
-    from stadapter.training.options import Operation
+def _train_options(options: argparse.Namespace, num_gpus: int) -> TrainOptions:
+    from stadapter.training.options import TrainOptions
 
     workers = options.num_workers
     if workers is None:
         workers = _cores_per_process(options, num_gpus) - 1 if num_gpus else 0
-    return Operation(
+    return TrainOptions(
         data_root=options.data_root,
         weights_file=options.weights and options.weights.resolve(),
         num_workers=workers,
         clips_per_pass=options.clips_per_pass or (GPU_CLIPS_PER_PASS if num_gpus else None),
-        elsewhere=_elsewhere(options),
+        remote_loader=_remote_loader(options),
         checkpoint_every_s=options.checkpoint_every,
         **speed_flags(options),
         **reading_flags(options),
     )
 
 
-def _elsewhere(options: argparse.Namespace) -> Elsewhere | None:
+def _remote_loader(options: argparse.Namespace) -> RemoteLoader | None:
     if not options.decode_on_cluster:
         return None
     from stadapter.cluster.decoding import decode_on_cluster

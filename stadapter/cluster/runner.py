@@ -24,8 +24,8 @@ import torch.distributed as dist
 from stadapter.cluster.ray_environment import tune
 from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.config import Recipe
-from stadapter.training.loop import World, train
-from stadapter.training.options import Operation
+from stadapter.training.loop import ProcessGroup, train
+from stadapter.training.options import TrainOptions
 from stadapter.training.state import Stopped
 from stadapter.trials import files, lock, record
 from stadapter.trials.stop import GentleStop, Standstill, moving, watch
@@ -42,7 +42,7 @@ def run_trials(
     cluster: Cluster,
     trials: Sequence[Trial],
     output: Path,
-    operation: Operation,
+    train_options: TrainOptions,
     on_event: Event,
     stop: GentleStop | None = None,
     command: str = "",
@@ -66,7 +66,7 @@ def run_trials(
         try:
             if stop_file is None or not stop_file.exists():
                 training = _train_in_several_processes if several else train_here
-                training(recipe, folder, operation, resources, stop_file=stop_file, wait=False, command=command)
+                training(recipe, folder, train_options, resources, stop_file=stop_file, wait=False, command=command)
                 ended = "finished"
         except Stopped:
             pass
@@ -139,7 +139,7 @@ class _Events(tune.Callback):
 def train_here(
     recipe: Recipe,
     folder: Path,
-    operation: Operation,
+    train_options: TrainOptions,
     resources: Resources,
     *,
     stop_file: Path | None = None,
@@ -152,11 +152,11 @@ def train_here(
     there is a `stop_file`.
     """
     torch.set_num_threads(resources.cpus_per_process)
-    world = World(device=torch.device("cuda" if resources.num_gpus else "cpu"))
+    group = ProcessGroup(device=torch.device("cuda" if resources.num_gpus else "cpu"))
     should_stop = watch(stop_file) if stop_file else None
     with lock.writing(folder, command, wait=wait):
         (folder / ERROR).unlink(missing_ok=True)
-        train(recipe, folder, operation, world, lambda metrics: tune.report(metrics), should_stop=should_stop)
+        train(recipe, folder, train_options, group, lambda metrics: tune.report(metrics), should_stop=should_stop)
     if resources.num_gpus:
         torch.cuda.empty_cache()  # the next trial in this process starts with an empty GPU
 
@@ -164,7 +164,7 @@ def train_here(
 def _train_in_several_processes(
     recipe: Recipe,
     folder: Path,
-    operation: Operation,
+    train_options: TrainOptions,
     resources: Resources,
     *,
     stop_file: Path | None,
@@ -180,21 +180,21 @@ def _train_in_several_processes(
     def worker(config: dict[str, Any]) -> None:
         context = ray_train.get_context()
         torch.set_num_threads(resources.cpus_per_process)
-        world = World(context.get_world_rank(), context.get_world_size(), get_device())
+        group = ProcessGroup(context.get_world_rank(), context.get_world_size(), get_device())
         should_stop = moving(watch(stop_file) if stop_file else lambda: False, folder / MOVES)  # rank 0 asks it
         with contextlib.ExitStack() as held:
             busy = [False]
-            if world.rank == 0:  # the one that writes
+            if group.rank == 0:  # the one that writes
                 try:
                     held.enter_context(lock.writing(folder, command, wait=wait))
                     (folder / ERROR).unlink(missing_ok=True)
                 except lock.Busy:
                     busy = [True]
-            dist.broadcast_object_list(busy, device=world.device)
+            dist.broadcast_object_list(busy, device=group.device)
             if busy[0]:
                 return
             with contextlib.suppress(Stopped):
-                train(recipe, folder, operation, world, should_stop=should_stop)
+                train(recipe, folder, train_options, group, should_stop=should_stop)
 
     known = {line["epoch"] for line in record.read_metrics(folder)}
 

@@ -175,10 +175,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     from stadapter.data.bad_clips import BadClipsError
     from stadapter.data.lists.formats import load_clips
     from stadapter.inference import trained
-    from stadapter.training.options import Operation
-    from stadapter.training.runtime import join_world
+    from stadapter.training.options import TrainOptions
+    from stadapter.training.runtime import join_process_group
 
-    operation = Operation(
+    train_options = TrainOptions(
         options.data_root,
         options.weights,
         options.num_workers,
@@ -189,31 +189,31 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.model, weights_file=options.weights, changes=_fields(options.overrides)
     )
     clips = load_clips(recipe.data, options.data_root, "test")
-    world = join_world()
+    group = join_process_group()
     trained_on = header.data.get("test", {}).get("fingerprint", "")
-    if world.rank == 0 and trained_on and trained_on != clips.fingerprint():
+    if group.rank == 0 and trained_on and trained_on != clips.fingerprint():
         print(
             f"note: these test clips (fingerprint {clips.fingerprint()}) are not those that the training was tested on "
             f"({trained_on})",
             file=sys.stderr,
         )
-    bar = tqdm(total=len(clips), unit=" clips", file=sys.stderr, disable=None if world.rank == 0 else True)
+    bar = tqdm(total=len(clips), unit=" clips", file=sys.stderr, disable=None if group.rank == 0 else True)
 
     def watch(batches: Any) -> Any:
         for batch in batches:
             yield batch
-            bar.update(len(batch["label"]) * world.size)
+            bar.update(len(batch["label"]) * group.world_size)
 
     try:
         with bar:
-            metrics = trained.test(model, recipe, operation, world, clips, watch)
+            metrics = trained.test(model, recipe, train_options, group, clips, watch)
     except BadClipsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        if world.size > 1:
+        if group.world_size > 1:
             dist.destroy_process_group()
-    if world.rank == 0:
+    if group.rank == 0:
         print(f"{recipe.name}: {len(clips)} clips, fingerprint {clips.fingerprint()}, {recipe.optim.precision}")
         print("  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
     return 0
@@ -224,17 +224,17 @@ def _predict(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from stadapter.inference import predict, trained
-    from stadapter.training.options import Operation
+    from stadapter.training.options import TrainOptions
 
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: must be at least 1")
-    operation = Operation(num_workers=options.num_workers, clips_per_pass=options.clips_per_pass)
+    train_options = TrainOptions(num_workers=options.num_workers, clips_per_pass=options.clips_per_pass)
     videos = predict.find_videos(options.videos)
     model, recipe, header = trained.open_trained(options.model, weights_file=options.weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unreadable = 0
     with tqdm(total=len(videos), unit=" videos", file=sys.stderr, disable=None) as bar:
-        for video, found in predict.predict(model, recipe, videos, operation, device):
+        for video, found in predict.predict(model, recipe, videos, train_options, device):
             if isinstance(found, str):
                 unreadable += 1
                 tqdm.write(f"error: {found}", file=sys.stderr)

@@ -84,17 +84,17 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     from stadapter.data.bad_clips import BadClipsError
     from stadapter.training import hardware
     from stadapter.training.loop import TrainingError, train
-    from stadapter.training.options import Operation
-    from stadapter.training.runtime import join_world
+    from stadapter.training.options import TrainOptions
+    from stadapter.training.runtime import join_process_group
     from stadapter.training.state import Stopped
     from stadapter.trials import lock
 
-    world = join_world()
+    group = join_process_group()
     workers = options.num_workers
     if workers is None:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine
-        workers = max(0, (os.cpu_count() or 1) // sharing - 1) if world.device.type == "cuda" else 0
-    operation = Operation(
+        workers = max(0, (os.cpu_count() or 1) // sharing - 1) if group.device.type == "cuda" else 0
+    train_options = TrainOptions(
         options.data_root,
         options.weights,
         workers,
@@ -103,14 +103,14 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         **speed_flags(options),
         **reading_flags(options),
     )
-    if options.cache_prefix and world.rank == 0:
+    if options.cache_prefix and group.rank == 0:
         from stadapter.training.token_cache import check_pixels, describe
 
         check_pixels(recipe)
         print("\n".join(describe([recipe], options.cache_prefix)), flush=True)
     live = sys.stderr.isatty()
-    if world.rank == 0:
-        print(hardware.set_up(world.device, recipe.optim.precision), flush=True)
+    if group.rank == 0:
+        print(hardware.set_up(group.device, recipe.optim.precision), flush=True)
 
     def announce() -> None:
         write(2, "\nstopping after this step, with a checkpoint; once more to stop at once\n")
@@ -120,7 +120,7 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
             print("\r\033[K" + progress_line(recipe, at), end="", file=sys.stderr, flush=True)
 
     def on_epoch(metrics: dict[str, Any]) -> None:
-        if world.rank == 0:
+        if group.rank == 0:
             if live:
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
             measured = "  ".join(f"{name} {metrics[name]:.2f}" for name in ("train_loss", "val_top1", "clips_per_s"))
@@ -129,10 +129,10 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     locks = options.output.resolve().parent / "locks"
     try:
         with (
-            lock.writing(options.output.resolve(), locks=locks) if world.rank == 0 else contextlib.nullcontext(),
+            lock.writing(options.output.resolve(), locks=locks) if group.rank == 0 else contextlib.nullcontext(),
             StopSignals(announce, ONE_REQUEST_S) as signals,
         ):
-            result = train(recipe, options.output, operation, world, on_epoch, on_step, signals.asked)
+            result = train(recipe, options.output, train_options, group, on_epoch, on_step, signals.asked)
     except lock.Busy as busy:
         print(f"error: --output {options.output}: {busy}; choose another folder, or wait for its end", file=sys.stderr)
         return BAD_INPUT
@@ -140,16 +140,16 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except Stopped as stopped:
-        if world.rank == 0:
+        if group.rank == 0:
             print(f"{stopped}; the same command goes on from there", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return STOPPED
     finally:
-        if world.size > 1:
+        if group.world_size > 1:
             dist.destroy_process_group()
-    if world.rank == 0:
+    if group.rank == 0:
         print("  ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items()) + f"  -> {options.output}")
         if bad := bad_clips_in_words(result):
             print(f"{bad}; see bad_clips in {options.output}/result.json")

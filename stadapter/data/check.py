@@ -57,7 +57,7 @@ def look_at(path: str, min_frames: int, reading: Reading) -> Look:
     """Open a clip, decode frames over its whole length, and hash its file."""
     file, segment = split_segment(path)
     try:
-        local = storage.local_copy(file, reading.spill or storage.default_spill())
+        local = storage.local_copy(file, reading.local_copies or storage.default_local_copies())
         if not os.path.exists(local):
             return Look("missing", "there is no such file", "")
     except OSError as error:

@@ -204,7 +204,7 @@ def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
 
 
 # Makes batches in place of this machine's loader processes: (data set, lists of keys) -> batches in their order.
-Elsewhere = Callable[[ClipDataset, Iterable[Sequence[Any]]], Iterable[dict[str, Any]]]
+RemoteLoader = Callable[[ClipDataset, Iterable[Sequence[Any]]], Iterable[dict[str, Any]]]
 
 
 class GlobalBatches(Sampler[list[TrainKey]]):
@@ -223,16 +223,16 @@ class GlobalBatches(Sampler[list[TrainKey]]):
         steps: range,
         seed: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         micro_batch: int | None = None,
         repeats: int = 1,
     ) -> None:
-        if global_batch % world:
-            raise ConfigError(f"optim.global_batch = {global_batch}: cannot be shared evenly by {world} processes")
+        if global_batch % world_size:
+            raise ConfigError(f"optim.global_batch = {global_batch}: cannot be shared evenly by {world_size} processes")
         self.num_clips, self.global_batch, self.steps, self.seed = num_clips, global_batch, steps, seed
         self.repeats = repeats
         self.epoch_steps = steps_per_epoch(num_clips, global_batch, repeats)
-        self.share = global_batch // world
+        self.share = global_batch // world_size
         self.first = rank * self.share
         self.micro_batch = min(micro_batch or self.share, self.share)
         self.passes_per_step = -(-self.share // self.micro_batch)
@@ -262,11 +262,11 @@ def train_loader(
     *,
     steps: range,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     micro_batch: int | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
-    elsewhere: Elsewhere | None = None,
+    remote_loader: RemoteLoader | None = None,
 ) -> Iterable[dict[str, Any]]:
     """This process's micro-batches for the steps, in order: pixels [B, T, 3, S, S], label, index, position int64 [B]
     (the position in the global batch), bad bool [B], reason a list of B strings."""
@@ -276,12 +276,12 @@ def train_loader(
         steps=steps,
         seed=dataset.seed,
         rank=rank,
-        world=world,
+        world_size=world_size,
         micro_batch=micro_batch,
         repeats=dataset.config.repeated_augmentation,
     )
-    if elsewhere is not None:
-        return elsewhere(dataset, batches)
+    if remote_loader is not None:
+        return remote_loader(dataset, batches)
     return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_loading(dataset, num_workers))
 
 
@@ -290,17 +290,17 @@ def test_loader(
     batch: int,
     *,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
-    elsewhere: Elsewhere | None = None,
+    remote_loader: RemoteLoader | None = None,
 ) -> Iterable[dict[str, Any]]:
     """This process's share of the clips, every `world`-th one, none twice: pixels [B, V, T, 3, S, S], label and index
     int64 [B], bad bool [B], reason a list of B strings. The last batch may be smaller, and a share may be empty."""
-    share = range(rank, len(dataset), world)
+    share = range(rank, len(dataset), world_size)
     batches = [list(share[start : start + batch]) for start in range(0, len(share), batch)]
-    if elsewhere is not None:
-        return elsewhere(dataset, batches)
+    if remote_loader is not None:
+        return remote_loader(dataset, batches)
     return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_loading(dataset, num_workers))
 
 

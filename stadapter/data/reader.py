@@ -17,7 +17,7 @@ import numpy as np
 from stadapter.data.cache.frames import ClipCache, Decode
 from stadapter.data.lists import storage
 from stadapter.data.lists.clip_list import split_segment
-from stadapter.data.lists.storage import Spill
+from stadapter.data.lists.storage import LocalCopies
 from stadapter.data.video.decoder_process import decode_apart, stop
 from stadapter.data.video.decoding import Backend, ClipError, decode
 from stadapter.data.video.packets import Indices, PathLike
@@ -48,7 +48,7 @@ class Reading:
     decoder: Backend = "auto"
     time_limit_s: float = DEFAULT_TIME_LIMIT_S  # for one clip
     in_memory: bool = False
-    spill: Spill | None = None  # of clips at addresses; None: the default one
+    local_copies: LocalCopies | None = None  # of clips at addresses; None: the default one
     cache: ClipCache | None = None  # this node's; None: every frame is decoded
 
 
@@ -91,7 +91,7 @@ def read_frames(path: str, indices: Sampling, reading: Reading, short_side: int 
 def _read(file: str, indices: Sampling, reading: Reading, short_side: int | None) -> np.ndarray:
     def decode_here(path: PathLike, wanted: Indices) -> np.ndarray:
         try:
-            local = storage.local_copy(os.fspath(path), reading.spill or storage.default_spill())
+            local = storage.local_copy(os.fspath(path), reading.local_copies or storage.default_local_copies())
         except OSError as error:
             raise ClipError(f"{file}: cannot be read ({error.strerror or error})") from None
         read = decode_apart if reading.decoder == "decord" else decode

@@ -18,7 +18,7 @@ from stadapter.data.lists.formats import VIDEO_SUFFIXES, ClipList
 from stadapter.inference.trained import CLIPS_PER_PASS, put_on
 from stadapter.model.classifier import VideoClassifier
 from stadapter.training.evaluate import mean_probability
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.training.runtime import PRECISIONS, make_dataset
 
 
@@ -48,7 +48,7 @@ def predict(
     model: VideoClassifier,
     recipe: Recipe,
     videos: Sequence[str],
-    operation: Operation | None = None,
+    train_options: TrainOptions | None = None,
     device: torch.device | None = None,
 ) -> Iterator[tuple[str, Tensor | str]]:
     """Each video in turn, with the probabilities of its classes, float32 [K], or why it cannot be read. In the
@@ -56,12 +56,12 @@ def predict(
 
     With a verb and a noun head, the probabilities of the verbs come first, then those of the nouns.
     """
-    operation, device, data = operation or Operation(), device or torch.device("cpu"), recipe.data
+    train_options, device, data = train_options or TrainOptions(), device or torch.device("cpu"), recipe.data
     clips = ClipList(data.dataset, "test", "", list(videos), [0] * len(videos), [False] * len(videos), ())
     batches = test_loader(
-        make_dataset(clips, data, recipe.seed, operation, train=False),
-        operation.clips_per_pass or CLIPS_PER_PASS,
-        num_workers=operation.num_workers,
+        make_dataset(clips, data, recipe.seed, train_options, train=False),
+        train_options.clips_per_pass or CLIPS_PER_PASS,
+        num_workers=train_options.num_workers,
     )
     # On a CPU half precision takes ten times as long, and no record asks for its digits here.
     precision = recipe.optim.precision if device.type == "cuda" else "float32"

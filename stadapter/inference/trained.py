@@ -1,7 +1,7 @@
 """Trained models put to use: read from a file or a run folder, and tested as their training tested them.
 
 model, recipe, header = open_trained("runs/one")
-metrics = test(model, recipe, Operation(data_root="/data/ssv2"))
+metrics = test(model, recipe, TrainOptions(data_root="/data/ssv2"))
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from stadapter.model.build import cast_frozen
 from stadapter.model.classifier import VideoClassifier
 from stadapter.training import hardware
 from stadapter.training.evaluate import evaluate
-from stadapter.training.options import Operation
-from stadapter.training.runtime import PRECISIONS, World, make_dataset
+from stadapter.training.options import TrainOptions
+from stadapter.training.runtime import PRECISIONS, ProcessGroup, make_dataset
 from stadapter.trials import record
 
 CLIPS_PER_PASS = 8
@@ -74,36 +74,36 @@ def put_on(model: VideoClassifier, precision: Precision, device: torch.device) -
 def test(
     model: VideoClassifier,
     recipe: Recipe,
-    operation: Operation,
-    world: World | None = None,
+    train_options: TrainOptions,
+    group: ProcessGroup | None = None,
     clips: ClipList | None = None,
     watch: Any = iter,
 ) -> dict[str, float]:
     """The metrics of `evaluate` on the recipe's test clips, all its views, in the recipe's precision.
 
-    Called by every process of the `world`. `watch` sees the batches pass by. ConfigError where the data set is not
+    Called by every process of the `group`. `watch` sees the batches pass by. ConfigError where the data set is not
     there, BadClipsError where too many of its clips cannot be read.
     """
-    world, data = world or World(), recipe.data
-    clips = clips or load_clips(data, operation.data_root, "test")
-    bad = BadClips("test", len(clips), operation.max_bad_share)
+    group, data = group or ProcessGroup(), recipe.data
+    clips = clips or load_clips(data, train_options.data_root, "test")
+    bad = BadClips("test", len(clips), train_options.max_bad_share)
     batches: Iterable[dict[str, Any]] = test_loader(
-        make_dataset(clips, data, recipe.seed, operation, train=False),
-        operation.clips_per_pass or CLIPS_PER_PASS,
-        rank=world.rank,
-        world=world.size,
-        num_workers=operation.num_workers,
+        make_dataset(clips, data, recipe.seed, train_options, train=False),
+        train_options.clips_per_pass or CLIPS_PER_PASS,
+        rank=group.rank,
+        world_size=group.world_size,
+        num_workers=train_options.num_workers,
     )
     metrics = evaluate(
-        put_on(model, recipe.optim.precision, world.device),
+        put_on(model, recipe.optim.precision, group.device),
         watch(bad.watch(batches)),
-        world.device,
+        group.device,
         PRECISIONS[recipe.optim.precision],
         opposite_pairs=any(clips.reversed),
         label_groups=data.label_groups,
-        distributed=world.size > 1,
+        distributed=group.world_size > 1,
     )
-    if world.size > 1:
+    if group.world_size > 1:
         bad.gather()
     return metrics
 

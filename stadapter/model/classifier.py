@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stadapter.backbone.vit import ViT
-from stadapter.config import AdapterConfig, RivalConfig, Strategy, derive_seed
+from stadapter.config import AdapterConfig, BaselineConfig, Strategy, derive_seed
 from stadapter.model.adapter import STAdapter
 from stadapter.model.baselines import AttentionPool, DividedAttention, LoRA, TemporalTransformer, make_prompts
 from stadapter.model.placement import PLACES, PLACES_BEHIND, AdapterClass, blocks_with_adapter, make_adapter
@@ -57,15 +57,15 @@ class VideoClassifier(nn.Module):
         std: Triple = (0.5, 0.5, 0.5),
         *,
         strategy: Strategy = "st_adapter",
-        rival: RivalConfig | None = None,
+        rival: BaselineConfig | None = None,
         num_frames: int = 8,
         own_adapter: AdapterClass | None = None,
     ) -> None:
         super().__init__()
         self.vit = vit
-        self.recompute = False  # what the MLPs keep for the backward pass is computed again there: see Operation
+        self.recompute = False  # what the MLPs keep for the backward pass is computed again there: see TrainOptions
         self.adapters_are_own = own_adapter is not None
-        shape, rival = vit.shape, rival or RivalConfig()
+        shape, rival = vit.shape, rival or BaselineConfig()
         for place in PLACES:
             adapters = nn.ModuleDict()
             for block in blocks_with_adapter(adapter, place, shape.depth):

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stadapter.config import ConfigError, OwnCode
+from stadapter.config import ConfigError, CustomCode
 
 
 def own_adapter(adapter: type) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def own_model(build: Callable[..., Any]) -> dict[str, Any]:
     return _fields(build, "model")
 
 
-def load(own: OwnCode, name: str) -> Any:
+def load(own: CustomCode, name: str) -> Any:
     """The class or function `name` of the file. ConfigError where the file is gone or is no longer what was hashed."""
     module_name = f"stadapter_own_{own.sha256[:16]}"
     if module_name not in sys.modules:

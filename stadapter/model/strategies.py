@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stadapter.config import ConfigError, RivalConfig, Strategy
+from stadapter.config import BaselineConfig, ConfigError, Strategy
 
 if TYPE_CHECKING:
     from stadapter.model.classifier import VideoClassifier
@@ -18,7 +18,7 @@ def uses_adapters(strategy: Strategy) -> bool:
 
 
 def freeze(
-    model: VideoClassifier, strategy: Strategy, train_final_norm: bool, rival: RivalConfig | None = None
+    model: VideoClassifier, strategy: Strategy, train_final_norm: bool, rival: BaselineConfig | None = None
 ) -> None:
     """Set `requires_grad` of every parameter. The head is always trained; besides it
 
@@ -39,7 +39,7 @@ def freeze(
     ConfigError if more blocks are asked for than there are.
     """
     model.requires_grad_(False)
-    for module in _trained_modules(model, strategy, rival or RivalConfig()):
+    for module in _trained_modules(model, strategy, rival or BaselineConfig()):
         module.requires_grad_(True)
     if strategy == "bitfit":
         for name, parameter in model.vit.named_parameters():
@@ -50,7 +50,7 @@ def freeze(
         adapter.requires_grad_(False)
 
 
-def _trained_modules(model: VideoClassifier, strategy: Strategy, rival: RivalConfig) -> list[nn.Module]:
+def _trained_modules(model: VideoClassifier, strategy: Strategy, rival: BaselineConfig) -> list[nn.Module]:
     """The modules that are trained as a whole."""
     if strategy in ("full", "full_space_time", "full_st_adapter"):
         return [model]

@@ -7,7 +7,7 @@ import math
 from typing import Any, get_args
 
 from stadapter.config import ConfigError
-from stadapter.data.lists.storage import DEFAULT_SPILL_GB
+from stadapter.data.lists.storage import DEFAULT_LOCAL_COPIES_GB
 from stadapter.data.reader import DEFAULT_TIME_LIMIT_S
 from stadapter.data.video.decoding import Backend, check_backend
 from stadapter.training.options import DEFAULT_MAX_BAD_SHARE
@@ -26,7 +26,7 @@ def add_speed_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
 
 
 def speed_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """As fields of `train.Operation`."""
+    """As fields of `TrainOptions`."""
     return {"recompute": options.recompute, "compile": options.compile}
 
 
@@ -57,19 +57,19 @@ def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
         help="give up reading a clip after this long (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
-        "--spill-gb", type=float, default=DEFAULT_SPILL_GB, metavar="GB",
+        "--local-copies-gb", "--spill-gb", type=float, default=DEFAULT_LOCAL_COPIES_GB, metavar="GB",
         help="local disk for copies of clips that lie at an address such as s3://... (default: %(default)g)",
     )  # fmt: skip
 
 
 def reading_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """As fields of `train.Operation`; ConfigError for a value that cannot work."""
+    """As fields of `TrainOptions`; ConfigError for a value that cannot work."""
     if not 0 <= options.max_bad_share <= 1:
         raise ConfigError(f"--max-bad-share {options.max_bad_share}: must be in [0, 1]")
     if options.clip_time_limit <= 0:
         raise ConfigError(f"--clip-time-limit {options.clip_time_limit:g}: must be above 0 seconds")
-    if options.spill_gb < 0:
-        raise ConfigError(f"--spill-gb {options.spill_gb:g}: must be at least 0")
+    if options.local_copies_gb < 0:
+        raise ConfigError(f"--local-copies-gb {options.local_copies_gb:g}: must be at least 0")
     if options.cache_gb < 0:
         raise ConfigError(f"--cache-gb {options.cache_gb:g}: must be at least 0")
     if not 0 <= options.cache_prefix < math.inf:
@@ -78,8 +78,8 @@ def reading_flags(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "decoder": options.decoder,
         "cache_gb": options.cache_gb,
-        "cache_prefix_gb": options.cache_prefix,
+        "token_cache_gb": options.cache_prefix,
         "max_bad_share": options.max_bad_share,
         "clip_time_limit_s": options.clip_time_limit,
-        "spill_gb": options.spill_gb,
+        "local_copies_gb": options.local_copies_gb,
     }

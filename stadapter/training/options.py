@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stadapter.config import ConfigError
-from stadapter.data.lists.storage import DEFAULT_SPILL_GB
+from stadapter.data.lists.storage import DEFAULT_LOCAL_COPIES_GB
 from stadapter.data.reader import DEFAULT_TIME_LIMIT_S
 from stadapter.data.video.decoding import Backend
 
 if TYPE_CHECKING:
-    from stadapter.data.clips import Elsewhere
+    from stadapter.data.clips import RemoteLoader
 
 GPU_CLIPS_PER_PASS = 64  # the authors' batch per GPU
 DEFAULT_CHECKPOINT_EVERY_S = 600.0  # within an epoch
@@ -23,7 +23,7 @@ DEFAULT_MAX_BAD_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Operation:
+class TrainOptions:
     """Where and how a training runs: nothing here may change its numbers."""
 
     data_root: str | Path | None = None  # a folder or an address
@@ -32,12 +32,12 @@ class Operation:
     clips_per_pass: int | None = None  # upper bound per process, for memory; None: its share of the global batch
     max_bad_share: float = DEFAULT_MAX_BAD_SHARE  # of a list's clips; above it, unreadable clips stop the training
     clip_time_limit_s: float = DEFAULT_TIME_LIMIT_S  # after which reading a clip is given up
-    spill_gb: float = DEFAULT_SPILL_GB  # local copies of clips that lie at addresses
+    local_copies_gb: float = DEFAULT_LOCAL_COPIES_GB  # local copies of clips that lie at addresses
     decoder: Backend = "auto"
     cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
-    elsewhere: Elsewhere | None = None  # makes batches on other machines, in place of loader processes
+    remote_loader: RemoteLoader | None = None  # makes batches on other machines, in place of loader processes
     checkpoint_every_s: float = DEFAULT_CHECKPOINT_EVERY_S  # in an epoch; 0: every step
-    cache_prefix_gb: float = 0  # tokens behind frozen blocks, on this node's disk; 0 keeps none
+    token_cache_gb: float = 0  # tokens behind frozen blocks, on this node's disk; 0 keeps none
     recompute: bool = False  # the MLPs' activations in the backward pass: less memory, more time, the same bits
     compile: bool = False  # by torch.compile: minutes at the start, and other rounding
 
@@ -46,7 +46,7 @@ class Operation:
             raise ConfigError(f"--clips-per-pass {self.clips_per_pass}: must be at least 1")
         if self.num_workers < 0:
             raise ConfigError(f"--num-workers {self.num_workers}: must be at least 0")
-        if self.cache_prefix_gb and self.elsewhere is not None:
+        if self.token_cache_gb and self.remote_loader is not None:
             raise ConfigError(
                 "--cache-prefix: not together with --decode-on-cluster, whose nodes do not have the tokens kept here"
             )

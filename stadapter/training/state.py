@@ -18,8 +18,8 @@ from stadapter.config import Recipe
 from stadapter.data.bad_clips import BadClips
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import load_trainable_state, trainable_state
-from stadapter.training.runtime import World
-from stadapter.training.token_cache import Prefix
+from stadapter.training.runtime import ProcessGroup
+from stadapter.training.token_cache import TokenCache
 from stadapter.trials import checkpoint, files, record
 
 
@@ -28,17 +28,17 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Learner:
+class TrainComponents:
     """What one process trains with."""
 
     recipe: Recipe
-    world: World
+    group: ProcessGroup
     model: VideoClassifier
     replica: torch.nn.Module  # the model, or its DistributedDataParallel wrapper
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler  # does nothing unless the precision is float16
     frozen_sha256: str  # of what is not trained, before it was cast; rank 0 alone works it out
-    prefix: Prefix | None = None  # the blocks whose tokens are kept; None: nothing is
+    token_cache: TokenCache | None = None  # the blocks whose tokens are kept; None: nothing is
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Run:
     """
 
     folder: Path
-    learner: Learner
+    components: TrainComponents
     bad: BadClips  # of the training clips
     seen: dict[str, str]  # fingerprints of the clips
     epoch_steps: int
@@ -86,22 +86,22 @@ class Run:
     def wish(self) -> Tensor:
         """What rank 0 wants done after this step, float64 []; 0 in the other ranks."""
         wish = _GO_ON
-        if self.learner.world.rank == 0:
+        if self.components.group.rank == 0:
             if self.should_stop is not None and self.should_stop():
                 wish = _STOP
             elif time.monotonic() - self.saved_at >= self.checkpoint_every_s:
                 wish = _SAVE
-        return torch.tensor(wish, dtype=torch.float64, device=self.learner.world.device)
+        return torch.tensor(wish, dtype=torch.float64, device=self.components.group.device)
 
     def obey(self, wish: float) -> None:
         """Save, or save and raise Stopped, as all processes have agreed."""
         if wish == _GO_ON:
             return
-        if self.learner.world.size > 1:
+        if self.components.group.world_size > 1:
             self.bad.gather()
         self.save()
         if wish == _STOP:
-            epochs = self.learner.recipe.optim.epochs
+            epochs = self.components.recipe.optim.epochs
             raise Stopped(
                 f"stopped after step {self.steps_done} of {epochs * self.epoch_steps} (epoch "
                 f"{min(self.epochs_done + 1, epochs)} of {epochs}); a checkpoint is in {self.folder}"
@@ -111,14 +111,14 @@ class Run:
         """The batches of a test, unless it is to end. Several processes could not agree on it in here, and go on; rank
         0 is asked all the same, since whoever asks sees that the test moves."""
         for batch in batches:
-            asked = self.learner.world.rank == 0 and self.should_stop is not None and self.should_stop()
-            if asked and self.learner.world.size == 1:
+            asked = self.components.group.rank == 0 and self.should_stop is not None and self.should_stop()
+            if asked and self.components.group.world_size == 1:
                 self.obey(_STOP)
             yield batch
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Record the epoch, and save."""
-        if self.learner.world.rank == 0:
+        if self.components.group.rank == 0:
             self._write_metrics([*self._metrics(), metrics])
         self.epochs_done += 1
         self.loss_sum = self.epoch_seconds = 0.0
@@ -126,9 +126,9 @@ class Run:
 
     def save(self) -> None:
         self.saved_at = time.monotonic()
-        if self.learner.world.rank > 0:
+        if self.components.group.rank > 0:
             return
-        learner = self.learner
+        components = self.components
         state = {
             "epochs_done": self.epochs_done,
             "steps_done": self.steps_done,
@@ -137,9 +137,9 @@ class Run:
             "launches": self.launches,
             "seconds": self.clock.seconds(),
             "cpu_seconds": self.clock.cpu_seconds(),
-            "trained": trainable_state(learner.model),
-            "optimizer": learner.optimizer.state_dict(),
-            "scaler": learner.scaler.state_dict(),
+            "trained": trainable_state(components.model),
+            "optimizer": components.optimizer.state_dict(),
+            "scaler": components.scaler.state_dict(),
             "bad_clips": self.bad.reasons,
             "data": self.seen,
         }
@@ -150,24 +150,24 @@ class Run:
 
         ConfigError if its training saw other clips than this one would.
         """
-        learner, world = self.learner, self.learner.world
-        if world.rank == 0:
+        components, group = self.components, self.components.group
+        if group.rank == 0:
             for note in checkpoint.set_broken_aside(self.folder):
                 warnings.warn(note, stacklevel=3)
-        if world.size > 1:
+        if group.world_size > 1:
             dist.barrier()
-        state = checkpoint.load(self.folder, world.device)
+        state = checkpoint.load(self.folder, group.device)
         if state is not None:
             record.check_data(self.folder, state["data"], self.seen)
-            load_trainable_state(learner.model, state["trained"])
-            learner.optimizer.load_state_dict(state["optimizer"])
-            learner.scaler.load_state_dict(state["scaler"])
+            load_trainable_state(components.model, state["trained"])
+            components.optimizer.load_state_dict(state["optimizer"])
+            components.scaler.load_state_dict(state["scaler"])
             self.bad.reasons.update(state["bad_clips"])
             self.epochs_done, self.steps_done = state["epochs_done"], state["steps_done"]
             self.loss_sum, self.epoch_seconds = state["loss_sum"], state["epoch_seconds"]
             self.clock.seconds_before, self.clock.cpu_seconds_before = state["seconds"], state["cpu_seconds"]
             self.launches = state["launches"] + 1
-        if world.rank == 0 and len(known := self._metrics()) < len(record.read_metrics(self.folder)):
+        if group.rank == 0 and len(known := self._metrics()) < len(record.read_metrics(self.folder)):
             self._write_metrics(known)
 
     def _metrics(self) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def kept_splits(data: DataConfig) -> tuple[str, ...]:
 
 
 @dataclass
-class Prefix:
+class TokenCache:
     """The frozen lower blocks of a model in training, `blocks` of them, and the rows of its lists of clips."""
 
     model: VideoClassifier
@@ -123,9 +123,9 @@ class Prefix:
         }
 
 
-def open_prefix(
+def open_token_cache(
     model: VideoClassifier, recipe: Recipe, gigabytes: float, decoder: str, device: torch.device
-) -> Prefix | None:
+) -> TokenCache | None:
     """What a training with the flag keeps tokens by; None where nothing is to be kept. ConfigError: `check_pixels`."""
     if not gigabytes:
         return None
@@ -143,7 +143,7 @@ def open_prefix(
         "reading": decode_settings(decoder, recipe.data.decoded_short_side),
         "computed": [recipe.optim.precision, device.type],
     }
-    return Prefix(model, blocks, tokens_shape(model, recipe), key, int(gigabytes * GB), device)
+    return TokenCache(model, blocks, tokens_shape(model, recipe), key, int(gigabytes * GB), device)
 
 
 def tokens_shape(model: VideoClassifier, recipe: Recipe) -> tuple[int, int, int]:

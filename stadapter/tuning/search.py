@@ -27,7 +27,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from stadapter.config import Recipe
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials import record
 from stadapter.tuning.space import METRIC, Known, Range, Tried, apply
 
@@ -41,7 +41,7 @@ def search(
     trials: int,
     known: Sequence[Known],
     output: Path,
-    operation: Operation,
+    train_options: TrainOptions,
     on_trial: Callable[[Tried], None],
     *,
     early_stopping: bool = True,
@@ -59,7 +59,7 @@ def search(
         (folder / ERROR).unlink(missing_ok=True)
         try:
             if record.read_result(folder) is None:
-                train_here(trial_recipe, folder, operation, resources)
+                train_here(trial_recipe, folder, train_options, resources)
             # Once more, for a trial that had nothing left to train: the search waits for a value from each.
             tune.report(record.read_metrics(folder)[-1])
         except Exception as error:  # it is this trial's: told in its folder, and the search goes on

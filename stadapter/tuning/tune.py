@@ -108,7 +108,7 @@ def _search(
 ) -> list[Tried]:
     import torch
 
-    from stadapter.training.options import Operation
+    from stadapter.training.options import TrainOptions
 
     there = torch.cuda.device_count()
     num_gpus = there if options.num_gpus is None else options.num_gpus
@@ -118,7 +118,7 @@ def _search(
     from stadapter.tuning.search import search
 
     cpus = max(1, (os.cpu_count() or 1) // num_gpus) if num_gpus else 1
-    operation = Operation(
+    train_options = TrainOptions(
         data_root=options.data_root,
         weights_file=options.weights and options.weights.resolve(),
         num_workers=cpus - 1 if num_gpus else 0,
@@ -139,7 +139,7 @@ def _search(
 
     with Cluster(Resources(num_gpus, 1, cpus)) as cluster:
         early = not options.no_early_stopping
-        return search(cluster, recipe, space, options.trials, known, output, operation, show, early_stopping=early)
+        return search(cluster, recipe, space, options.trials, known, output, train_options, show, early_stopping=early)
 
 
 def _conclude(recipe: Recipe, space: Mapping[str, Range], tried: Sequence[Tried], folder: Path, base_name: str) -> int:

@@ -15,7 +15,7 @@ from stadapter import recipes
 from stadapter.config import ConfigError, Recipe, replace
 from stadapter.model.cost import cost_of
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials.sweep import Arm, make_sweep
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -218,7 +218,7 @@ def test_a_script_trains_on_the_layout_of_the_recipes_data(
     for trial in sweep.trials:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about dead adapters
-            result = train(trial.recipe, tmp_path / trial.id, Operation(data_root=layouts[recipe.data.dataset]))
+            result = train(trial.recipe, tmp_path / trial.id, TrainOptions(data_root=layouts[recipe.data.dataset]))
         assert result["recipe"]["data.dataset"] == recipe.data.dataset
         assert 0 <= result["metrics"]["top1"] <= 100
         assert ("verb_top1" in result["metrics"]) == (recipe.data.label_groups is not None)

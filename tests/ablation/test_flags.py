@@ -8,7 +8,7 @@ import pytest
 
 from stadapter.config import ConfigError
 from stadapter.training.flags import add_reading_flags, reading_flags
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -18,7 +18,7 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def test_the_flags_default_to_what_a_training_defaults_to() -> None:
-    assert Operation(**reading_flags(parse())) == Operation()
+    assert TrainOptions(**reading_flags(parse())) == TrainOptions()
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_the_flags_default_to_what_a_training_defaults_to() -> None:
     [
         (["--max-bad-share", "1.5"], r"--max-bad-share 1.5: must be in \[0, 1\]"),
         (["--clip-time-limit", "0"], r"--clip-time-limit 0: must be above 0 seconds"),
-        (["--spill-gb", "-1"], r"--spill-gb -1: must be at least 0"),
+        (["--spill-gb", "-1"], r"--local-copies-gb -1: must be at least 0"),
         (["--cache-gb", "-1"], r"--cache-gb -1: must be at least 0"),
     ],
 )

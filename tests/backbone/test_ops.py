@@ -74,10 +74,10 @@ def kept(function: Callable[[], Tensor], own: nn.Module) -> int:
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-5), (True, 2e-2)])
-def test_the_adapter_equals_its_plain_twin(kernel_size, activation, elsewhere, half, tolerance, plain) -> None:
+def test_the_adapter_equals_its_plain_twin(kernel_size, activation, remote_loader, half, tolerance, plain) -> None:
     adapter = seeded(STAdapter(32, 8, kernel_size, activation))
     x_MSD = torch.randn(2 * T, 17, 32, requires_grad=True)
-    inputs = [x_MSD, torch.randn(2 * T, 17, 32, requires_grad=True)] if elsewhere else [x_MSD]
+    inputs = [x_MSD, torch.randn(2 * T, 17, 32, requires_grad=True)] if remote_loader else [x_MSD]
 
     def run(x: Tensor, onto: Tensor | None = None) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):

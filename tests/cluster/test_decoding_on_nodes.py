@@ -19,7 +19,7 @@ from stadapter.data.clips import ClipDataset, test_loader, train_loader
 from stadapter.data.lists.formats import ClipList
 from stadapter.data.video.decoding import ClipError
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 
 COUNT, GLOBAL = 9, 4
 CONFIG = DataConfig("folder", COUNT, num_frames=4, frame_size=32, horizontal_flip=True)
@@ -65,8 +65,8 @@ def assert_equal(here: list[dict[str, Any]], there: list[dict[str, Any]]) -> Non
 def test_training_batches_are_the_loaders(clips: ClipList, other_node: str) -> None:
     dataset = ClipDataset(clips, CONFIG, seed=3, train=True)
     here, there = (
-        list(train_loader(dataset, GLOBAL, steps=range(5), micro_batch=3, elsewhere=elsewhere))
-        for elsewhere in (None, decode_on_cluster)
+        list(train_loader(dataset, GLOBAL, steps=range(5), micro_batch=3, remote_loader=remote_loader))
+        for remote_loader in (None, decode_on_cluster)
     )
     assert_equal(here, there)
     assert any(batch["bad"].any() for batch in there)
@@ -75,7 +75,9 @@ def test_training_batches_are_the_loaders(clips: ClipList, other_node: str) -> N
 def test_testing_batches_are_the_loaders(clips: ClipList, other_node: str) -> None:
     config = dataclasses.replace(CONFIG, sampling="dense", frame_stride=1, test_temporal_views=2, resize="exact")
     dataset = ClipDataset(clips, config, seed=3, train=False)
-    here, there = (list(test_loader(dataset, 2, elsewhere=elsewhere)) for elsewhere in (None, decode_on_cluster))
+    here, there = (
+        list(test_loader(dataset, 2, remote_loader=remote_loader)) for remote_loader in (None, decode_on_cluster)
+    )
     assert_equal(here, there)
 
 
@@ -97,7 +99,7 @@ def test_an_error_arrives_with_its_own_type(clips: ClipList, other_node: str, tm
 
 def test_an_empty_share_has_no_batches(clips: ClipList, other_node: str) -> None:
     dataset = ClipDataset(clips, CONFIG, 0, train=False)
-    assert list(test_loader(dataset, 2, rank=COUNT, world=COUNT + 1, elsewhere=decode_on_cluster)) == []
+    assert list(test_loader(dataset, 2, rank=COUNT, world_size=COUNT + 1, remote_loader=decode_on_cluster)) == []
 
 
 def test_trials_leave_a_cpu_to_decode_on(other_node: str) -> None:
@@ -114,8 +116,8 @@ def test_a_trial_that_leaves_no_cpu_is_a_config_error(other_node: str) -> None:
 def test_a_training_gives_the_same_numbers(
     tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path, other_node: str
 ) -> None:
-    here = train(tiny_recipe, tmp_path / "here", Operation(clip_folder))
-    there = train(tiny_recipe, tmp_path / "there", Operation(clip_folder, elsewhere=decode_on_cluster))
+    here = train(tiny_recipe, tmp_path / "here", TrainOptions(clip_folder))
+    there = train(tiny_recipe, tmp_path / "there", TrainOptions(clip_folder, remote_loader=decode_on_cluster))
     assert here["metrics"] == there["metrics"]
     trained = [load_file(tmp_path / place / "trained.safetensors") for place in ("here", "there")]
     assert trained[0].keys() == trained[1].keys()

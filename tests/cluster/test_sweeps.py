@@ -24,7 +24,7 @@ from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.cluster.runner import run_trials
 from stadapter.config import Recipe
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials import record
 from stadapter.trials.sweep import Arm, Trial, load_sweep, make_sweep, records
 
@@ -155,7 +155,7 @@ def test_a_trial_of_the_sweep_equals_a_training_in_a_plain_process(
     output: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     trial = load_sweep(sweep_folder(output)).trials[3]
-    here = train(trial.recipe, tmp_path, Operation(data_root=clip_folder))
+    here = train(trial.recipe, tmp_path, TrainOptions(data_root=clip_folder))
     there = record.read_result(trial.folder(output))
     assert there is not None
     assert here["metrics"] == there["metrics"]
@@ -167,9 +167,9 @@ def test_two_processes_on_ray_train_give_the_numbers_of_one(
 ) -> None:
     trial = Trial("only", tiny_recipe)
     events: list[str] = []
-    run_trials(cluster, [trial], tmp_path, Operation(clip_folder), lambda kind, trial, details: events.append(kind))
+    run_trials(cluster, [trial], tmp_path, TrainOptions(clip_folder), lambda kind, trial, details: events.append(kind))
     assert events == ["started", "epoch", "epoch", "finished"]
-    one = train(tiny_recipe, tmp_path / "one", Operation(clip_folder))
+    one = train(tiny_recipe, tmp_path / "one", TrainOptions(clip_folder))
     two = record.read_result(trial.folder(tmp_path))
     assert two is not None
     assert two["processes"] == 2
@@ -188,7 +188,7 @@ def test_a_trial_that_fails_says_why_and_costs_no_other(
         alone,
         trials,
         tmp_path,
-        Operation(clip_folder),
+        TrainOptions(clip_folder),
         lambda *event: events.append((event[0], event[1].arm, event[2])),
     )
     ends = {arm: (kind, details) for kind, arm, details in events if kind in ("failed", "finished")}
@@ -209,7 +209,7 @@ def test_an_adapter_from_somebodys_file_trains_in_the_processes_of_a_sweep(
     trials = [
         Trial(word, config.replace(tiny_recipe, **module.make_arm(tiny_recipe, word).fields)) for word in module.ARMS
     ]
-    run_trials(Cluster(Resources()), trials, tmp_path, Operation(clip_folder), lambda *event: None)
+    run_trials(Cluster(Resources()), trials, tmp_path, TrainOptions(clip_folder), lambda *event: None)
     results = [record.read_result(trial.folder(tmp_path)) for trial in trials]
     assert [result and result["recipe"]["own.adapter"] for result in results] == ["", "TemporalAttentionAdapter", ""]
 

@@ -24,12 +24,12 @@ from stadapter.data import reader as reading_module
 from stadapter.data.bad_clips import BadClips, BadClipsError
 from stadapter.data.clips import ClipDataset, train_loader
 from stadapter.data.lists.formats import ClipList
-from stadapter.data.lists.storage import Spill
+from stadapter.data.lists.storage import LocalCopies
 from stadapter.data.reader import Reading, read_frames
 from stadapter.data.video import decoder_process
 from stadapter.data.video.decoding import ClipError, decode
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials import record
 
 BAD = ("zero bytes.mp4", "truncated.mp4", "text.mp4", "audio only.mp4")
@@ -83,7 +83,7 @@ def run(recipe: Recipe, root: Path, folder: Path, workers: int) -> dict[str, Any
         victim.unlink(missing_ok=True)
 
     try:
-        return train(recipe, folder, Operation(root, num_workers=workers, max_bad_share=0.5), on_epoch=vanish)
+        return train(recipe, folder, TrainOptions(root, num_workers=workers, max_bad_share=0.5), on_epoch=vanish)
     finally:
         victim.write_bytes(kept)
 
@@ -122,7 +122,7 @@ def test_too_many_bad_clips_stop_the_training_with_a_reason(
 ) -> None:
     recipe = config.replace(tiny_recipe, **{"data.dataset": "list"})
     with pytest.raises(BadClipsError, match=r"2 of 24 train clips .* more than --max-bad-share 0.05; the first: ") as e:
-        train(recipe, tmp_path, Operation(odd_folder))
+        train(recipe, tmp_path, TrainOptions(odd_folder))
     assert "\n" not in str(e.value)
     assert record.read_result(tmp_path) is None
 
@@ -131,14 +131,14 @@ def test_bad_clips_met_before_an_interruption_are_in_the_record(
     undisturbed: dict[str, Any], odd_folder: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     recipe = config.replace(tiny_recipe, **{"data.dataset": "list"})
-    operation = Operation(odd_folder, max_bad_share=0.5)
+    train_options = TrainOptions(odd_folder, max_bad_share=0.5)
 
     def stop(metrics: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path, operation, on_epoch=stop)
-    assert train(recipe, tmp_path, operation)["bad_clips"]["train"] == undisturbed["bad_clips"]["train"]
+        train(recipe, tmp_path, train_options, on_epoch=stop)
+    assert train(recipe, tmp_path, train_options)["bad_clips"]["train"] == undisturbed["bad_clips"]["train"]
 
 
 def test_two_processes_report_the_bad_clips_of_both(
@@ -210,7 +210,7 @@ def test_a_file_that_never_ends_is_given_up_in_a_loader_worker(one_clip: ClipLis
     (tmp_path / "b.mp4").unlink()
     os.mkfifo(tmp_path / "b.mp4")  # nobody writes into it: opening it blocks for ever
     clips = dataclasses.replace(one_clip, root=f"file://{tmp_path}")
-    reading = Reading(time_limit_s=1, spill=Spill(tmp_path / "spill", 10**9))
+    reading = Reading(time_limit_s=1, local_copies=LocalCopies(tmp_path / "spill", 10**9))
     batches = list(train_loader(ClipDataset(clips, SETTINGS, 0, True, reading), 3, steps=range(1), num_workers=1))
     assert sorted(batches[0]["label"].tolist()) == [0, 2, 2]
     assert "b.mp4: was given up" in "".join(batches[0]["reason"])

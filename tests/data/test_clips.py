@@ -47,17 +47,17 @@ def frame_numbers(pixels: Tensor) -> list[int]:
 
 
 def collect(
-    clips: ClipList, *, world: int = 1, micro_batch: int | None = None, num_workers: int = 0
+    clips: ClipList, *, world_size: int = 1, micro_batch: int | None = None, num_workers: int = 0
 ) -> dict[int, Tensor]:
     """Pixels of steps 0 to 3 by step * G + position, gathered from all ranks."""
     gathered = {}
-    for rank in range(world):
+    for rank in range(world_size):
         loader = train_loader(
             ClipDataset(clips, CONFIG, SEED, train=True),
             GLOBAL,
             steps=range(4),
             rank=rank,
-            world=world,
+            world_size=world_size,
             micro_batch=micro_batch,
             num_workers=num_workers,
         )
@@ -78,7 +78,7 @@ def test_batches_are_the_same_with_2_loader_workers(clips: ClipList) -> None:
 
 
 def test_batches_are_the_same_with_2_processes(clips: ClipList) -> None:
-    assert_equal_batches(collect(clips), collect(clips, world=2))
+    assert_equal_batches(collect(clips), collect(clips, world_size=2))
 
 
 def test_batches_are_the_same_in_micro_batches(clips: ClipList) -> None:
@@ -128,7 +128,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 def test_an_uneven_share_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"global_batch = 4: cannot be shared evenly by 3"):
-        GlobalBatches(COUNT, 4, steps=range(1), seed=0, world=3)
+        GlobalBatches(COUNT, 4, steps=range(1), seed=0, world_size=3)
 
 
 def test_fewer_clips_than_a_batch_are_a_config_error() -> None:
@@ -136,12 +136,12 @@ def test_fewer_clips_than_a_batch_are_a_config_error() -> None:
         steps_per_epoch(COUNT, 12)
 
 
-@pytest.mark.parametrize(("world", "num_workers"), [(1, 0), (2, 0), (3, 0), (2, 2)])
-def test_testing_shows_every_clip_exactly_once(clips: ClipList, world: int, num_workers: int) -> None:
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (3, 0), (2, 2)])
+def test_testing_shows_every_clip_exactly_once(clips: ClipList, world_size: int, num_workers: int) -> None:
     seen = []
-    for rank in range(world):
+    for rank in range(world_size):
         dataset = ClipDataset(clips, CONFIG, SEED, train=False)
-        for batch in clips_module.test_loader(dataset, 2, rank=rank, world=world, num_workers=num_workers):
+        for batch in clips_module.test_loader(dataset, 2, rank=rank, world_size=world_size, num_workers=num_workers):
             assert batch["pixels"].shape[1:] == (1, 4, 3, 32, 32)
             assert torch.equal(batch["label"], batch["index"])
             seen += batch["index"].tolist()
@@ -150,7 +150,7 @@ def test_testing_shows_every_clip_exactly_once(clips: ClipList, world: int, num_
 
 def test_more_processes_than_clips_leave_an_empty_share(clips: ClipList) -> None:
     dataset = ClipDataset(clips, CONFIG, SEED, train=False)
-    assert list(clips_module.test_loader(dataset, 2, rank=COUNT, world=COUNT + 1)) == []
+    assert list(clips_module.test_loader(dataset, 2, rank=COUNT, world_size=COUNT + 1)) == []
 
 
 def test_testing_takes_the_middle_frames(clips: ClipList) -> None:
@@ -276,7 +276,7 @@ def test_repeated_augmentation_shows_every_clip_once_per_view_in_an_epoch() -> N
 
 def test_repeated_augmentation_is_the_same_in_two_processes() -> None:
     whole = list(GlobalBatches(COUNT, GLOBAL, steps=range(6), seed=SEED, repeats=2))
-    halves = [GlobalBatches(COUNT, GLOBAL, steps=range(6), seed=SEED, rank=r, world=2, repeats=2) for r in (0, 1)]
+    halves = [GlobalBatches(COUNT, GLOBAL, steps=range(6), seed=SEED, rank=r, world_size=2, repeats=2) for r in (0, 1)]
     assert [[*a, *b] for a, b in zip(*halves, strict=True)] == whole
 
 

@@ -24,14 +24,14 @@ from stadapter.data.cache.quota import BLOCK, GB, disk_bytes
 from stadapter.data.clips import ClipDataset, train_loader
 from stadapter.data.lists import storage
 from stadapter.data.lists.formats import ClipList
-from stadapter.data.lists.storage import Spill
+from stadapter.data.lists.storage import LocalCopies
 from stadapter.data.reader import Reading, read_frames
 from stadapter.data.video import decoding
 from stadapter.data.video.decoding import ClipError, decode
 from stadapter.data.video.packets import Indices, PathLike
 from stadapter.training.flags import add_reading_flags, reading_flags
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 
 FRAMES = 20
 FRAME_BYTES = 48 * 64 * 3
@@ -136,7 +136,7 @@ def test_a_cached_clip_at_an_address_is_not_fetched_again(
     make: Callable[..., ClipCache], video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = f"local://{video}"
-    reading = Reading(cache=make(), spill=Spill(tmp_path / "spill", GB))
+    reading = Reading(cache=make(), local_copies=LocalCopies(tmp_path / "spill", GB))
     first = read_frames(address, lambda total: [1, 5], reading)
     monkeypatch.setattr(storage, "local_copy", None)  # calling it would be an error
     np.testing.assert_array_equal(read_frames(address, lambda total: [5, 1], reading), first[::-1])
@@ -365,11 +365,13 @@ def test_the_second_trial_of_a_sweep_decodes_nothing(
     monkeypatch.setenv("STADAPTER_CACHE", str(tmp_path))
     open_cache.cache_clear()
     recipe = replace(tiny_recipe, **{"optim.epochs": 1})
-    plain = train(recipe, tmp_path / "plain", Operation(clip_folder))
-    first = train(recipe, tmp_path / "first", Operation(clip_folder, cache_gb=1))
+    plain = train(recipe, tmp_path / "plain", TrainOptions(clip_folder))
+    first = train(recipe, tmp_path / "first", TrainOptions(clip_folder, cache_gb=1))
     monkeypatch.setattr(decoding, "_decode_pyav", None)  # calling it would be an error
-    again = train(recipe, tmp_path / "again", Operation(clip_folder, cache_gb=1))
-    train(replace(recipe, **{"adapter.kernel_size": (1, 1, 1)}), tmp_path / "other", Operation(clip_folder, cache_gb=1))
+    again = train(recipe, tmp_path / "again", TrainOptions(clip_folder, cache_gb=1))
+    train(
+        replace(recipe, **{"adapter.kernel_size": (1, 1, 1)}), tmp_path / "other", TrainOptions(clip_folder, cache_gb=1)
+    )
     open_cache.cache_clear()
     assert plain["metrics"] == first["metrics"] == again["metrics"]
 

@@ -18,7 +18,7 @@ from stadapter.data.clips import ClipDataset
 from stadapter.data.lists.formats import load_clips
 from stadapter.inference.predict import find_videos, predict, top_classes
 from stadapter.inference.trained import open_trained, test
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials import record
 
 # --- predict
@@ -44,7 +44,7 @@ def test_probabilities_are_the_mean_over_the_recipes_views_whatever_the_batch(
     model, recipe, _ = open_trained(undisturbed, changes=views)
     videos = find_videos([clip_folder / "val"])[:3]
     alone, together = (
-        dict(predict(model, recipe, videos, Operation(clips_per_pass=clips, num_workers=0))) for clips in (1, 3)
+        dict(predict(model, recipe, videos, TrainOptions(clips_per_pass=clips, num_workers=0))) for clips in (1, 3)
     )
     clips = load_clips(recipe.data, clip_folder, "test")
     dataset = ClipDataset(clips, recipe.data, 0, train=False)
@@ -101,7 +101,7 @@ def test_a_finished_training_is_tested_again_with_the_same_numbers(
     result = record.read_result(undisturbed)
     assert result is not None
     model, recipe, _ = open_trained(undisturbed)
-    assert test(model, recipe, Operation(clip_folder)) == pytest.approx(result["metrics"], rel=1e-6)
+    assert test(model, recipe, TrainOptions(clip_folder)) == pytest.approx(result["metrics"], rel=1e-6)
     assert main(["evaluate", str(undisturbed / record.TRAINED), "--data-root", str(clip_folder)]) == 0
     said = capsys.readouterr()
     assert f"fingerprint {result['data']['test']['fingerprint']}" in said.out

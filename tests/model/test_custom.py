@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from stadapter import config
-from stadapter.config import ConfigError, OwnCode, Recipe
+from stadapter.config import ConfigError, CustomCode, Recipe
 from stadapter.model.build import build_model
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.cost import cost_of
 from stadapter.model.custom import load, own_adapter, own_model
 from stadapter.model.state import trainable_parameters
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials import files, record
 
 IDEAS = Path(__file__).parents[2] / "docs" / "own_idea"
@@ -142,7 +142,7 @@ def test_code_that_a_trial_could_not_import_is_refused() -> None:
 @pytest.mark.parametrize("fields", [{"file": "mine.py"}, {"adapter": "Mine"}, {"sha256": "0", "model": "build"}])
 def test_half_a_description_of_own_code_is_refused(fields: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="belong together"):
-        OwnCode(**fields)
+        CustomCode(**fields)
 
 
 def test_an_own_strategy_trains_what_it_says(tiny_recipe: Recipe, ideas: Any) -> None:
@@ -231,5 +231,5 @@ def test_what_cls_gathers_in_an_own_adapter_reaches_the_logits(tmp_path: Path, t
 
 
 def test_an_own_arm_trains_in_a_plain_process(recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
-    result = train(recipe, tmp_path, Operation(data_root=clip_folder))
+    result = train(recipe, tmp_path, TrainOptions(data_root=clip_folder))
     assert result["recipe"]["own.adapter"] == "TemporalAttentionAdapter"

@@ -22,7 +22,7 @@ from stadapter.model.state import load_trainable_state, trainable_parameters, tr
 from stadapter.recipes import for_strategy
 from stadapter.training.loop import train
 from stadapter.training.optim import make_optimizer
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials import record
 
 EMBEDDED = replace(recipes.embedded, **{"backbone.weights": "seed:0", "data.num_frames": 4})
@@ -227,7 +227,7 @@ def test_a_training_goes_from_clips_to_a_record(
     strategy: Strategy, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
     recipe = replace(for_strategy(tiny_recipe, strategy), **{"optim.epochs": 1})
-    result = train(recipe, tmp_path, Operation(data_root=clip_folder))
+    result = train(recipe, tmp_path, TrainOptions(data_root=clip_folder))
     assert result["recipe"]["strategy"] == strategy
     assert result["trainable_params"] == cost_of(recipe).trainable_params
     assert isinstance(result["diverged"], bool)

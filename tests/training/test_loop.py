@@ -25,9 +25,9 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.model.build import build_model
 from stadapter.model.state import trainable_parameters
 from stadapter.training import loop as train_module
-from stadapter.training.loop import TrainingError, World, train
+from stadapter.training.loop import ProcessGroup, TrainingError, train
 from stadapter.training.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials import record
 
 
@@ -76,12 +76,12 @@ def test_the_backbone_learns_at_its_own_rate(tiny_recipe: Recipe) -> None:
 
 
 def test_the_schedule_keeps_the_ratio_of_the_two_rates(
-    tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
     """A backbone that does not learn is all but the backbone that it was; the head goes on as before."""
     changes = {"strategy": "full", "optim.epochs": 1, "optim.backbone_lr_factor": 1e-9, "optim.weight_decay": 0.0}
     recipe = config.replace(tiny_recipe, **changes)
-    train(recipe, tmp_path, operation)
+    train(recipe, tmp_path, train_options)
     before, after = dict(build_model(recipe).named_parameters()), load_file(tmp_path / record.TRAINED)
     moved = {name: (after[name] - before[name]).abs().max().item() for name in after}
     assert all(step < 1e-7 for name, step in moved.items() if name.startswith("vit."))
@@ -133,23 +133,23 @@ def test_the_loss_goes_down(undisturbed: Path) -> None:
 
 
 def test_the_same_recipe_gives_bitwise_the_same_numbers_and_weights(
-    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
-    train(tiny_recipe, tmp_path, operation)
+    train(tiny_recipe, tmp_path, train_options)
     assert numbers(tmp_path) == numbers(undisturbed)
     ours, theirs = load_file(tmp_path / record.TRAINED), load_file(undisturbed / record.TRAINED)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_another_seed_gives_other_numbers(
-    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
-    train(config.replace(tiny_recipe, seed=1), tmp_path, operation)
+    train(config.replace(tiny_recipe, seed=1), tmp_path, train_options)
     assert losses(tmp_path) != losses(undisturbed)
 
 
 def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
-    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
     class Stop(Exception):
         pass
@@ -158,10 +158,10 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
         raise Stop
 
     with pytest.raises(Stop):
-        train(tiny_recipe, tmp_path, operation, on_epoch=stop)
+        train(tiny_recipe, tmp_path, train_options, on_epoch=stop)
     assert record.read_result(tmp_path) is None
     epochs: list[int] = []
-    train(tiny_recipe, tmp_path, operation, on_epoch=lambda metrics: epochs.append(metrics["epoch"]))
+    train(tiny_recipe, tmp_path, train_options, on_epoch=lambda metrics: epochs.append(metrics["epoch"]))
     assert epochs == [2]
     assert numbers(tmp_path) == numbers(undisturbed)
 
@@ -169,27 +169,29 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
 @pytest.mark.parametrize("wrong", [{"clips_per_pass": 0}, {"clips_per_pass": -1}, {"num_workers": -1}])
 def test_an_operation_that_would_train_on_nothing_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="must be at least"):
-        Operation(**wrong)  # type: ignore[arg-type]
+        TrainOptions(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_finished_folder_is_not_trained_again(undisturbed: Path, tiny_recipe: Recipe, operation: Operation) -> None:
+def test_a_finished_folder_is_not_trained_again(
+    undisturbed: Path, tiny_recipe: Recipe, train_options: TrainOptions
+) -> None:
     def fail(metrics: dict[str, Any]) -> None:
         raise AssertionError("trained again")
 
-    assert train(tiny_recipe, undisturbed, operation, on_epoch=fail) == record.read_result(undisturbed)
+    assert train(tiny_recipe, undisturbed, train_options, on_epoch=fail) == record.read_result(undisturbed)
 
 
 def test_accumulating_small_passes_changes_only_rounding(
     undisturbed: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, clips_per_pass=3))
+    train(tiny_recipe, tmp_path, TrainOptions(data_root=clip_folder, clips_per_pass=3))
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
 def test_recomputing_activations_changes_no_bit(
     undisturbed: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, recompute=True))
+    train(tiny_recipe, tmp_path, TrainOptions(data_root=clip_folder, recompute=True))
     assert numbers(tmp_path) == numbers(undisturbed)
     expected, got = (load_file(folder / record.TRAINED) for folder in (undisturbed, tmp_path))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -199,14 +201,14 @@ def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, fol
     """One pass to a step, then two; each process writes down what gradients its steps exchanged."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    make_learner = train_module._make_learner
+    make_learner = train_module._make_components
     bytes_by_step: dict[str, list[int]] = {}
     names: set[str] = set()
     searches: set[bool] = set()
 
     def watched(*arguments: Any) -> Any:
-        learner = make_learner(*arguments)
-        name_of = {id(parameter): name for name, parameter in learner.model.named_parameters()}
+        components = make_learner(*arguments)
+        name_of = {id(parameter): name for name, parameter in components.model.named_parameters()}
         in_step: list[int] = []
 
         def exchange(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -219,16 +221,16 @@ def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, fol
             in_step.clear()
 
         # A lambda, since the annotations of this module are text, which this interface refuses.
-        learner.replica.register_comm_hook(None, lambda state, bucket: exchange(bucket))
-        learner.optimizer.register_step_post_hook(end_step)
-        searches.add(learner.replica.find_unused_parameters)
-        return learner
+        components.replica.register_comm_hook(None, lambda state, bucket: exchange(bucket))
+        components.optimizer.register_step_post_hook(end_step)
+        searches.add(components.replica.find_unused_parameters)
+        return components
 
-    train_module._make_learner = watched
+    train_module._make_components = watched
     try:
         for clips_per_pass in (2, 1):
-            operation = Operation(data_root=root, clips_per_pass=clips_per_pass)
-            train(recipe, folder / f"passes-of-{clips_per_pass}", operation, World(rank, 2))
+            train_options = TrainOptions(data_root=root, clips_per_pass=clips_per_pass)
+            train(recipe, folder / f"passes-of-{clips_per_pass}", train_options, ProcessGroup(rank, 2))
         seen = {"bytes_by_step": bytes_by_step, "names": sorted(names), "searches": list(searches)}
         (folder / f"exchanged-{rank}").write_text(json.dumps(seen))
     finally:
@@ -256,7 +258,7 @@ def test_a_step_exchanges_each_trained_gradient_once_and_no_other(
 def test_loader_processes_change_no_number(
     undisturbed: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    train(tiny_recipe, tmp_path, Operation(data_root=clip_folder, num_workers=2))
+    train(tiny_recipe, tmp_path, TrainOptions(data_root=clip_folder, num_workers=2))
     assert numbers(tmp_path) == numbers(undisturbed)
 
 
@@ -284,7 +286,7 @@ def _train_where_one_loss_breaks(rank: int, rendezvous: str, recipe: Recipe, roo
 
     train_module.summed_loss = broken  # type: ignore[attr-defined]
     try:
-        train(recipe, folder, Operation(data_root=root), World(rank, 2))
+        train(recipe, folder, TrainOptions(data_root=root), ProcessGroup(rank, 2))
     except TrainingError as error:
         (folder / f"stopped-{rank}").write_text(str(error))
     finally:
@@ -307,52 +309,52 @@ def test_all_processes_stop_where_one_loss_is_not_finite(
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_trains_close_to_float32(
-    precision: str, undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    precision: str, undisturbed: Path, tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
-    train(config.replace(tiny_recipe, **{"optim.precision": precision}), tmp_path, operation)
+    train(config.replace(tiny_recipe, **{"optim.precision": precision}), tmp_path, train_options)
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=0.05)
     assert losses(tmp_path) != losses(undisturbed)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(
-    tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match=r"nan|inf") as caught:
-        train(config.replace(tiny_recipe, **{"optim.base_lr": 1e30, "optim.clip_norm": None}), tmp_path, operation)
+        train(config.replace(tiny_recipe, **{"optim.base_lr": 1e30, "optim.clip_norm": None}), tmp_path, train_options)
     assert "optim.base_lr" in str(caught.value)
     assert record.read_result(tmp_path) is None
 
 
 def test_weights_broken_by_the_last_step_are_called_diverged(
-    tiny_recipe: Recipe, operation: Operation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every loss of the training was finite; what it left behind is not."""
     rate, last_step = learning_rate, 7
     monkeypatch.setattr(
         "stadapter.training.loop.learning_rate", lambda step, *a: math.nan if step == last_step else rate(step, *a)
     )
-    result = train(tiny_recipe, tmp_path, operation)
+    result = train(tiny_recipe, tmp_path, train_options)
     assert all(map(math.isfinite, losses(tmp_path)))
     assert result["metrics"]["top1"] == 0
     assert result["diverged"]
 
 
 def test_label_smoothing_and_dropout_reach_the_loss(
-    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
     for field in ("optim.label_smoothing", "optim.head_dropout"):
-        train(config.replace(tiny_recipe, **{field: 0.4}), tmp_path / field, operation)
+        train(config.replace(tiny_recipe, **{field: 0.4}), tmp_path / field, train_options)
         assert losses(tmp_path / field) != losses(undisturbed)
         assert all(map(math.isfinite, losses(tmp_path / field)))
 
 
 def test_a_folder_that_holds_another_training_is_refused(
-    undisturbed: Path, tiny_recipe: Recipe, operation: Operation, tmp_path: Path
+    undisturbed: Path, tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
     record.prepare_folder(tmp_path, tiny_recipe)
     for begun_or_finished in (tmp_path, undisturbed):
         with pytest.raises(ConfigError, match="holds another training"):
-            train(config.replace(tiny_recipe, seed=5), begun_or_finished, operation)
+            train(config.replace(tiny_recipe, seed=5), begun_or_finished, train_options)
 
 
 def test_a_training_on_other_clips_is_neither_returned_nor_continued(
@@ -367,8 +369,8 @@ def test_a_training_on_other_clips_is_neither_returned_nor_continued(
         shutil.copy(undisturbed / name, begun)
     for folder in (undisturbed, begun):
         with pytest.raises(ConfigError, match="another data set") as caught:
-            train(tiny_recipe, folder, Operation(data_root=other))
+            train(tiny_recipe, folder, TrainOptions(data_root=other))
         assert "--data-root" in str(caught.value)
     moved = tmp_path / "moved"
     shutil.copytree(clip_folder, moved)
-    assert train(tiny_recipe, undisturbed, Operation(data_root=moved)) == record.read_result(undisturbed)
+    assert train(tiny_recipe, undisturbed, TrainOptions(data_root=moved)) == record.read_result(undisturbed)

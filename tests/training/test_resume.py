@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from stadapter import config
 from stadapter.config import ConfigError, Recipe
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.training.state import Stopped
 from stadapter.trials import checkpoint, files, record
 
@@ -59,35 +59,35 @@ def stop_at(step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 6])
 def test_a_training_stopped_after_any_step_goes_on_to_bitwise_the_same_end(
-    steps: int, tiny_recipe: Recipe, operation: Operation, undisturbed: Path, tmp_path: Path
+    steps: int, tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped, match=rf"stopped after step {steps} of {STEPS} \(epoch [12] of 2\)"):
-        train(tiny_recipe, tmp_path, operation, **stop_at(steps))
-    result = train(tiny_recipe, tmp_path, operation)
+        train(tiny_recipe, tmp_path, train_options, **stop_at(steps))
+    result = train(tiny_recipe, tmp_path, train_options)
     assert result["launches"] == 2
     assert_same_outcome(tmp_path, undisturbed)
 
 
 def test_a_training_that_is_stopped_at_every_step_gets_there(
-    tiny_recipe: Recipe, operation: Operation, undisturbed: Path, tmp_path: Path
+    tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path, tmp_path: Path
 ) -> None:
     for _ in range(100):  # every launch takes one step at least, or one batch of a test
         try:
-            train(tiny_recipe, tmp_path, operation, should_stop=stop_after(2))
+            train(tiny_recipe, tmp_path, train_options, should_stop=stop_after(2))
         except Stopped:
             continue
         break
-    train(tiny_recipe, tmp_path, operation)
+    train(tiny_recipe, tmp_path, train_options)
     assert_same_outcome(tmp_path, undisturbed)
 
 
-def test_time_adds_up_over_launches(tiny_recipe: Recipe, operation: Operation, tmp_path: Path) -> None:
+def test_time_adds_up_over_launches(tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path) -> None:
     began = time.time()
     with pytest.raises(Stopped):
-        train(tiny_recipe, tmp_path, operation, **stop_at(6))
+        train(tiny_recipe, tmp_path, train_options, **stop_at(6))
     first_s = time.time() - began
     time.sleep(0.5)  # not spent on it
-    result = train(tiny_recipe, tmp_path, operation)
+    result = train(tiny_recipe, tmp_path, train_options)
     whole_s = time.time() - began
     assert first_s * 0.5 < result["seconds"] < whole_s - 0.4
     assert result["cpu_seconds"] > 0
@@ -96,27 +96,27 @@ def test_time_adds_up_over_launches(tiny_recipe: Recipe, operation: Operation, t
 
 
 def test_a_training_that_dies_in_its_last_test_is_only_tested_again(
-    tiny_recipe: Recipe, operation: Operation, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: object) -> None:
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr("stadapter.training.loop.cost_of", die)
-        train(tiny_recipe, tmp_path, operation)
+        train(tiny_recipe, tmp_path, train_options)
     steps: list[dict[str, Any]] = []
-    train(tiny_recipe, tmp_path, operation, on_step=steps.append)
+    train(tiny_recipe, tmp_path, train_options, on_step=steps.append)
     assert steps == []
     assert_same_outcome(tmp_path, undisturbed)
 
 
 def test_a_stop_during_validation_loses_no_step(
-    tiny_recipe: Recipe, operation: Operation, undisturbed: Path, tmp_path: Path
+    tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped, match=rf"stopped after step 4 of {STEPS} \(epoch 1 of 2\)"):
-        train(tiny_recipe, tmp_path, operation, should_stop=stop_after(4 + 1))
+        train(tiny_recipe, tmp_path, train_options, should_stop=stop_after(4 + 1))
     steps: list[dict[str, Any]] = []
-    train(tiny_recipe, tmp_path, operation, on_step=steps.append)
+    train(tiny_recipe, tmp_path, train_options, on_step=steps.append)
     assert len(steps) == STEPS - 4
     assert_same_outcome(tmp_path, undisturbed)
 
@@ -140,14 +140,14 @@ def empty(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, empty], ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
-    damage: Callable[[Path], None], tiny_recipe: Recipe, operation: Operation, undisturbed: Path, tmp_path: Path
+    damage: Callable[[Path], None], tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):  # the last checkpoint is after step 6, the one before after the first epoch
-        train(tiny_recipe, tmp_path, operation, **stop_at(6))
+        train(tiny_recipe, tmp_path, train_options, **stop_at(6))
     damage(tmp_path / record.CHECKPOINT)
     steps: list[dict[str, Any]] = []
     with pytest.warns(UserWarning) as caught:
-        train(tiny_recipe, tmp_path, operation, on_step=steps.append)
+        train(tiny_recipe, tmp_path, train_options, on_step=steps.append)
     told = [str(warning.message) for warning in caught]
     assert any("checkpoint.pt: is cut short or damaged, and is kept as checkpoint.pt.broken" in line for line in told)
     assert "the training goes on from checkpoint.previous.pt" in told
@@ -156,14 +156,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
 
 
 def test_without_a_whole_checkpoint_the_training_starts_again_and_says_so(
-    tiny_recipe: Recipe, operation: Operation, undisturbed: Path, tmp_path: Path
+    tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
-        train(tiny_recipe, tmp_path, operation, **stop_at(6))
+        train(tiny_recipe, tmp_path, train_options, **stop_at(6))
     for name in (record.CHECKPOINT, checkpoint.PREVIOUS):
         cut_in_half(tmp_path / name)
     with pytest.warns(UserWarning) as caught:
-        train(tiny_recipe, tmp_path, operation)
+        train(tiny_recipe, tmp_path, train_options)
     assert "the training starts again" in [str(warning.message) for warning in caught]
     assert {path.name for path in tmp_path.glob("*.broken")} == {
         f"{name}.broken" for name in (record.CHECKPOINT, checkpoint.PREVIOUS)
@@ -193,13 +193,13 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", '{"metrics": ', "\0" * 64, "[]"], ids=["empty", "cut", "zeros", "a list"])
 @pytest.mark.parametrize("name", [record.RESULT, record.CONFIG])
 def test_a_damaged_record_is_named_in_one_line(
-    name: str, content: str, tiny_recipe: Recipe, operation: Operation, undisturbed: Path, tmp_path: Path
+    name: str, content: str, tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path, tmp_path: Path
 ) -> None:
     for file in (record.RESULT, record.CONFIG):
         (tmp_path / file).write_bytes((undisturbed / file).read_bytes())
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=rf"{re.escape(name)}: is damaged \(.*delete this file") as caught:
-        train(tiny_recipe, tmp_path, operation)
+        train(tiny_recipe, tmp_path, train_options)
     assert "\n" not in str(caught.value)
 
 
@@ -220,27 +220,27 @@ def test_what_dead_writers_left_half_written_is_removed(tmp_path: Path, tiny_rec
 
 
 def test_a_full_disk_ends_the_training_in_one_line_and_loses_nothing(
-    small_disk: Path, tiny_recipe: Recipe, operation: Operation, undisturbed: Path
+    small_disk: Path, tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path
 ) -> None:
     folder = small_disk / "run"
     with pytest.raises(Stopped):
-        train(tiny_recipe, folder, operation, **stop_at(1))
+        train(tiny_recipe, folder, train_options, **stop_at(1))
     filler = small_disk / "filler"
     with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
     before = (folder / record.CHECKPOINT).read_bytes()
     with pytest.raises(files.WriteError, match=r"cannot be written \(No space left .*MiB are needed, 0.0 MiB are free"):
-        train(tiny_recipe, folder, operation)
+        train(tiny_recipe, folder, train_options)
     assert (folder / record.CHECKPOINT).read_bytes() == before
     assert not list(folder.glob("*.part")) and not list(folder.glob(".*.part"))
     filler.unlink()
-    train(tiny_recipe, folder, operation)
+    train(tiny_recipe, folder, train_options)
     assert_same_outcome(folder, undisturbed)
 
 
 def test_a_folder_that_becomes_read_only_ends_the_training_in_one_line(
-    small_disk: Path, tiny_recipe: Recipe, operation: Operation, undisturbed: Path
+    small_disk: Path, tiny_recipe: Recipe, train_options: TrainOptions, undisturbed: Path
 ) -> None:
     folder = small_disk / "run"
 
@@ -248,12 +248,12 @@ def test_a_folder_that_becomes_read_only_ends_the_training_in_one_line(
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
 
     with pytest.raises(files.WriteError, match=r"cannot be written \(Read-only file system\)") as caught:
-        train(tiny_recipe, folder, operation, on_step=lose_the_disk)
+        train(tiny_recipe, folder, train_options, on_step=lose_the_disk)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="choose another folder"):
-        train(tiny_recipe, folder, operation)
+        train(tiny_recipe, folder, train_options)
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
-    train(tiny_recipe, folder, operation)
+    train(tiny_recipe, folder, train_options)
     assert_same_outcome(folder, undisturbed)
 
 
@@ -285,9 +285,11 @@ def slow_flags(tiny_flags: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed_slow(tiny_recipe: Recipe, operation: Operation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed_slow(
+    tiny_recipe: Recipe, train_options: TrainOptions, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed_slow")
-    train(config.replace(tiny_recipe, **{"optim.epochs": 6}), folder, operation)
+    train(config.replace(tiny_recipe, **{"optim.epochs": 6}), folder, train_options)
     return folder
 
 

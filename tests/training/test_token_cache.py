@@ -28,9 +28,17 @@ from stadapter.results.table import make_rows, notes
 from stadapter.training.flags import add_reading_flags, reading_flags
 from stadapter.training.hardware import cpu_name
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.training.state import Stopped
-from stadapter.training.token_cache import FIXED, PIXELS, Prefix, check_pixels, describe, open_prefix, tokens_shape
+from stadapter.training.token_cache import (
+    FIXED,
+    PIXELS,
+    TokenCache,
+    check_pixels,
+    describe,
+    open_token_cache,
+    tokens_shape,
+)
 from stadapter.trials import record
 from stadapter.trials.status import Entry, Failures
 
@@ -45,18 +53,18 @@ def fixed(tiny_recipe: Recipe) -> Recipe:
 
 
 @pytest.fixture
-def cached(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Operation:
+def cached(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainOptions:
     """A cache of its own for each test."""
     monkeypatch.setenv("STADAPTER_CACHE", str(tmp_path / "cache"))
-    return Operation(clip_folder, cache_prefix_gb=1)
+    return TrainOptions(clip_folder, token_cache_gb=1)
 
 
 @pytest.fixture(scope="module")
-def plain(fixed: Recipe, operation: Operation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(fixed: Recipe, train_options: TrainOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same training without the cache."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("plain")
-    train(fixed, folder, operation)
+    train(fixed, folder, train_options)
     return folder
 
 
@@ -88,8 +96,8 @@ def assert_bitwise(folder: Path, expected: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def make_prefix(recipe: Recipe, gigabytes: float = 1) -> Prefix:
-    found = open_prefix(build_model(recipe), recipe, gigabytes, "auto", CPU)
+def make_prefix(recipe: Recipe, gigabytes: float = 1) -> TokenCache:
+    found = open_token_cache(build_model(recipe), recipe, gigabytes, "auto", CPU)
     assert found is not None
     return found
 
@@ -99,7 +107,7 @@ def rows_files(folder: Path) -> list[Path]:
 
 
 def test_losses_and_weights_are_those_of_a_training_without_it(
-    fixed: Recipe, plain: Path, cached: Operation, tmp_path: Path, reads: list[str]
+    fixed: Recipe, plain: Path, cached: TrainOptions, tmp_path: Path, reads: list[str]
 ) -> None:
     result = train(fixed, tmp_path / "run", cached)
     assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-5)
@@ -116,7 +124,7 @@ def test_losses_and_weights_are_those_of_a_training_without_it(
 
 
 def test_other_seeds_share_the_rows_and_other_depths_have_their_own(
-    fixed: Recipe, cached: Operation, tmp_path: Path, reads: list[str]
+    fixed: Recipe, cached: TrainOptions, tmp_path: Path, reads: list[str]
 ) -> None:
     short = config.replace(fixed, **{"optim.epochs": 1})
     train(short, tmp_path / "first", cached)
@@ -129,7 +137,7 @@ def test_other_seeds_share_the_rows_and_other_depths_have_their_own(
     assert len(rows_files(tmp_path)) == 4  # two lists for each depth
 
 
-def test_no_bit_depends_on_which_rows_there_are(fixed: Recipe, cached: Operation, tmp_path: Path) -> None:
+def test_no_bit_depends_on_which_rows_there_are(fixed: Recipe, cached: TrainOptions, tmp_path: Path) -> None:
     """Cold; stopped and gone on; with room for few rows, so that batches mix kept and computed ones."""
     train(fixed, tmp_path / "cold", cached)
     for file in rows_files(tmp_path):
@@ -141,14 +149,14 @@ def test_no_bit_depends_on_which_rows_there_are(fixed: Recipe, cached: Operation
     assert_bitwise(tmp_path / "stopped", tmp_path / "cold")
     for file in rows_files(tmp_path):
         file.unlink()
-    small = Operation(cached.data_root, cache_prefix_gb=6 * ROW_BYTES / 1e9)
+    small = TrainOptions(cached.data_root, token_cache_gb=6 * ROW_BYTES / 1e9)
     result = train(fixed, tmp_path / "small", small)
     assert 2 <= result["prefix_cache"]["rows"]["train"] <= 6
     assert sum(file.stat().st_blocks for file in rows_files(tmp_path)) * 512 <= 8 * ROW_BYTES
     assert_bitwise(tmp_path / "small", tmp_path / "cold")
 
 
-def test_a_damaged_row_is_computed_again(fixed: Recipe, cached: Operation, tmp_path: Path, reads: list[str]) -> None:
+def test_a_damaged_row_is_computed_again(fixed: Recipe, cached: TrainOptions, tmp_path: Path, reads: list[str]) -> None:
     short = config.replace(fixed, **{"optim.epochs": 1})
     train(short, tmp_path / "first", cached)
     (train_rows,) = (file for file in rows_files(tmp_path) if file.stat().st_size > 16 * ROW_BYTES)
@@ -164,15 +172,15 @@ def test_a_damaged_row_is_computed_again(fixed: Recipe, cached: Operation, tmp_p
 
 
 def test_unreadable_clips_are_replaced_and_reported_as_without(
-    fixed: Recipe, clip_folder: Path, cached: Operation, tmp_path: Path
+    fixed: Recipe, clip_folder: Path, cached: TrainOptions, tmp_path: Path
 ) -> None:
     shutil.copytree(clip_folder, tmp_path / "clips")
     for split in ("train", "val"):
         broken = sorted((tmp_path / "clips" / split).glob("*/*.mp4"))[1]
         broken.write_bytes(b"no video")
-    usual = Operation(tmp_path / "clips", max_bad_share=0.5)
+    usual = TrainOptions(tmp_path / "clips", max_bad_share=0.5)
     without = train(fixed, tmp_path / "without", usual)
-    result = train(fixed, tmp_path / "with", dataclasses.replace(usual, cache_prefix_gb=1))
+    result = train(fixed, tmp_path / "with", dataclasses.replace(usual, token_cache_gb=1))
     assert result["bad_clips"] == without["bad_clips"]
     assert [result["bad_clips"][split]["clips"] for split in ("train", "test")] == [1, 1]
     assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
@@ -210,12 +218,12 @@ def test_a_model_goes_on_from_the_tokens_behind_its_frozen_blocks(
         assert not tokens.requires_grad
         assert torch.equal(model(tokens, start=blocks), model(pixels))
     else:
-        assert open_prefix(model, recipe, 1, "auto", CPU) is None
+        assert open_token_cache(model, recipe, 1, "auto", CPU) is None
         assert "trained from the first block on: nothing to keep" in describe([recipe], 1)[1]
 
 
 def test_other_weights_pixels_clips_and_precisions_have_other_rows(
-    fixed: Recipe, clip_folder: Path, cached: Operation
+    fixed: Recipe, clip_folder: Path, cached: TrainOptions
 ) -> None:
     def file(split: Split = "train", **changes: Any) -> Path:
         recipe = config.replace(fixed, **changes)
@@ -310,11 +318,11 @@ def test_a_size_that_is_no_bound_is_refused(size: str) -> None:
 
 def test_decoding_on_a_cluster_is_refused_beside_it() -> None:
     with pytest.raises(ConfigError, match="--cache-prefix: not together with --decode-on-cluster"):
-        Operation(cache_prefix_gb=1, elsewhere=lambda dataset, batches: [])
+        TrainOptions(token_cache_gb=1, remote_loader=lambda dataset, batches: [])
 
 
 def test_the_command_says_what_it_keeps_or_why_it_cannot(
-    tiny_flags: list[str], cached: Operation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_flags: list[str], cached: TrainOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*tiny_flags, "--cache-prefix", "0.5", "--output", str(tmp_path / "run"), "--set", "optim.epochs=1"]
     assert command(["train", *flags]) == 2

@@ -17,7 +17,7 @@ from stadapter.cluster.ray_runtime import Cluster, Resources
 from stadapter.commands.main import main
 from stadapter.config import Recipe
 from stadapter.training.loop import train
-from stadapter.training.options import Operation
+from stadapter.training.options import TrainOptions
 from stadapter.trials import record
 from stadapter.tuning import tune
 from stadapter.tuning.search import search
@@ -42,7 +42,7 @@ def tried(cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, output: Path
     """A search that knows nothing yet."""
     seen: list[Tried] = []
     space = search_space(tiny_recipe)
-    found = search(cluster, tiny_recipe, space, TRIALS, [], output, Operation(clip_folder), seen.append)
+    found = search(cluster, tiny_recipe, space, TRIALS, [], output, TrainOptions(clip_folder), seen.append)
     assert found == seen
     return found
 
@@ -74,7 +74,7 @@ def test_a_trial_stopped_early_does_not_look_finished(
         assert one.epochs == len(record.read_metrics(folder(one, output)))
         assert (one.epochs == tiny_recipe.optim.epochs) == (one.status == "finished")
     stopped = next(one for one in tried if one.status == "stopped")
-    resumed = train(stopped.recipe, folder(stopped, output), Operation(clip_folder))  # what a later sweep does
+    resumed = train(stopped.recipe, folder(stopped, output), TrainOptions(clip_folder))  # what a later sweep does
     assert resumed["epoch"] == tiny_recipe.optim.epochs
     (folder(stopped, output) / record.RESULT).unlink()
 
@@ -96,7 +96,7 @@ def test_finished_trials_are_known_to_the_next_search(
     assert known_trials(other_seed, search_space(other_seed), output) == []
 
     again = search(
-        cluster, tiny_recipe, space, 1, known, output, Operation(clip_folder), lambda one: None, early_stopping=False
+        cluster, tiny_recipe, space, 1, known, output, TrainOptions(clip_folder), lambda one: None, early_stopping=False
     )
     assert len(again) == 1
     assert again[0].status == "finished"
@@ -108,7 +108,7 @@ def test_a_training_that_fails_does_not_end_the_search(
     cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
     wild = config.replace(tiny_recipe, **{"optim.base_lr": 1e30, "optim.clip_norm": None})
-    found = search(cluster, wild, search_space(wild), 2, [], tmp_path, Operation(clip_folder), lambda one: None)
+    found = search(cluster, wild, search_space(wild), 2, [], tmp_path, TrainOptions(clip_folder), lambda one: None)
     assert [(one.status, one.value) for one in found] == [("failed", None)] * 2
     assert "the loss became" in found[0].message
 
@@ -191,5 +191,5 @@ def test_ctrl_c_ends_a_search_and_what_has_ended_counts(tiny_recipe: Recipe, cli
     longer = config.replace(tiny_recipe, **{"optim.epochs": 10})
     space = search_space(longer)
     with Cluster(Resources()) as alone:
-        found = search(alone, longer, space, 50, [], tmp_path, Operation(clip_folder), interrupt_soon)
+        found = search(alone, longer, space, 50, [], tmp_path, TrainOptions(clip_folder), interrupt_soon)
     assert found == seen and 1 <= len(found) < 50

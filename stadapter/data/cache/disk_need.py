@@ -68,7 +68,7 @@ def _look(clips: ClipList, short_side: int | None) -> list[tuple[int, int]]:
     for place in np.unique(np.linspace(0, len(clips) - 1, _LOOKED_AT).astype(int)):
         file, part = split_segment(storage.join(clips.root, clips.paths[place]))
         try:
-            local = storage.local_copy(file, storage.default_spill())
+            local = storage.local_copy(file, storage.default_local_copies())
             total = part[1] - part[0] if part else count_frames(local)
             height, width = reduced_size(*frame_size(local), short_side)
         except (ClipError, OSError):

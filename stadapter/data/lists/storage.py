@@ -1,4 +1,5 @@
-"""Files by path or address: local ones as they are, remote ones (`s3://...`, whatever fsspec reads) by way of a spill.
+"""Files by path or address: local ones as they are, remote ones (`s3://...`, whatever fsspec reads) by way of local
+copies.
 
 A remote video is copied once into a local folder of bounded size and decoded from there; the files used least recently
 make room. A copy is written beside its place and renamed, so no process ever reads half of one. A remote file that
@@ -22,22 +23,22 @@ from stadapter.config import ConfigError
 
 Root = str | os.PathLike[str]
 
-DEFAULT_SPILL_GB = 50.0
-_SCAN_SHARE = 64  # the spill is measured each time a process has added this part of its limit
+DEFAULT_LOCAL_COPIES_GB = 50.0
+_SCAN_SHARE = 64  # the copies are measured each time a process has added this part of its limit
 
 
 @dataclass(frozen=True)
-class Spill:
+class LocalCopies:
     """Where copies of remote files are kept, and how many bytes of them (beyond that by 1/64 per process)."""
 
     folder: Path
     limit_bytes: int
 
 
-def default_spill(gigabytes: float = DEFAULT_SPILL_GB) -> Spill:
+def default_local_copies(gigabytes: float = DEFAULT_LOCAL_COPIES_GB) -> LocalCopies:
     """In $STADAPTER_CACHE, or in ~/.cache/stadapter."""
     cache = Path(os.environ.get("STADAPTER_CACHE") or Path.home() / ".cache" / "stadapter")
-    return Spill(cache / "spill", int(gigabytes * 1e9))
+    return LocalCopies(cache / "spill", int(gigabytes * 1e9))
 
 
 def data_root(text: str) -> str:
@@ -102,15 +103,15 @@ def open_text(path: Root) -> Iterator[IO[str]]:
             raise ConfigError(f"{os.fspath(path)}: is not text in UTF-8 ({error.reason}); save it as UTF-8") from None
 
 
-def local_copy(path: str, spill: Spill) -> str:
-    """The path of a file that can be opened here: `path` itself, or the spilled copy of an address.
+def local_copy(path: str, local_copies: LocalCopies) -> str:
+    """The path of a file that can be opened here: `path` itself, or the local copy of an address.
 
     OSError where it cannot be read. Another process may remove the copy to make room before it is opened: ask again.
     """
     if not is_remote(path):
         return path
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
-    copy = spill.folder / digest[:2] / (digest + os.path.splitext(path)[1])
+    copy = local_copies.folder / digest[:2] / (digest + os.path.splitext(path)[1])
     with contextlib.suppress(FileNotFoundError):
         _mark_used(copy)
         return str(copy)
@@ -131,7 +132,7 @@ def local_copy(path: str, spill: Spill) -> str:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
-    _make_room(spill, size, copy)
+    _make_room(local_copies, size, copy)
     return str(copy)
 
 
@@ -140,27 +141,27 @@ def _mark_used(copy: Root) -> None:
     os.utime(copy, (time.time(), 0))
 
 
-_added: dict[Path, int] = {}  # bytes that this process has put into a spill since it last measured it
+_added: dict[Path, int] = {}  # bytes that this process has copied since it last measured
 
 
-def _make_room(spill: Spill, size: int, newest: Path) -> None:
-    """Remove the files used least recently until the spill is within its limit; never the newest."""
+def _make_room(local_copies: LocalCopies, size: int, newest: Path) -> None:
+    """Remove the files used least recently until the copies are within their limit; never the newest."""
     from filelock import FileLock
 
-    _added[spill.folder] = _added.get(spill.folder, 0) + size
-    if _added[spill.folder] * _SCAN_SHARE < spill.limit_bytes:
+    _added[local_copies.folder] = _added.get(local_copies.folder, 0) + size
+    if _added[local_copies.folder] * _SCAN_SHARE < local_copies.limit_bytes:
         return
-    _added[spill.folder] = 0
-    with FileLock(spill.folder / ".lock"):
+    _added[local_copies.folder] = 0
+    with FileLock(local_copies.folder / ".lock"):
         kept: list[tuple[float, int, str]] = []
-        for folder, _, names in os.walk(spill.folder):
+        for folder, _, names in os.walk(local_copies.folder):
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     stat = os.stat(os.path.join(folder, name))
                     kept.append((stat.st_atime, stat.st_size, os.path.join(folder, name)))
         total = sum(bytes_ for _, bytes_, _ in kept)
         for _, bytes_, name in sorted(kept):
-            if total <= spill.limit_bytes:
+            if total <= local_copies.limit_bytes:
                 break
             if name != str(newest) and not name.endswith((".part", ".lock")):
                 with contextlib.suppress(FileNotFoundError):
