@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         span, lines = run([*command, "--tracking-uri", f"sqlite:///{scratch}/mlflow.db"])
         results = [json.loads(path.read_text()) for path in output.glob(f"trials/*/{record.RESULT}")]
     is_cold = any(text.startswith("rendering the embedded world") for _, text in lines)
-    trials = [(result["started"], result["finished"]) for result in results]
+    trials = [(result.started, result.finished) for result in results]
     share = share_of(span, trials)
     print(f"\n{datetime.date.today()}, {hardware.cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before,")
     print(f"{os.getloadavg()[0]:.1f} after; clips {'rendered in this run' if is_cold else 'there already'}\n")

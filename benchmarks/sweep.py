@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import io
 import itertools
@@ -30,6 +31,7 @@ from stadapter.data.lists.embedded import MOTION_CLASSES, render_clip, write_mp4
 from stadapter.data.lists.formats import load_clips
 from stadapter.results import table
 from stadapter.trials import record, status
+from stadapter.trials.record import Record
 from stadapter.trials.sweep import Arm, Sweep, make_sweep, records, save_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -73,9 +75,9 @@ def between_trials_s(clips: Path, output: Path, trials: int, recipe: Recipe) -> 
     sweep = make_sweep("none", "?", recipe, [Arm("only", {})], trials)
     with Cluster(Resources(cpus_per_process=os.cpu_count() or 1)) as cluster:
         run_trials(cluster, sweep.trials, output, TrainOptions(data_root=clips), lambda *event: None)
-    found = sorted((r for r in records(sweep, output) if r is not None), key=lambda result: result["started"])
+    found = sorted((r for r in records(sweep, output) if r is not None), key=lambda result: result.started)
     assert len(found) == trials
-    return [after["started"] - before["finished"] for before, after in itertools.pairwise(found)]
+    return [after.started - before.finished for before, after in itertools.pairwise(found)]
 
 
 def process_per_trial_s(clips: Path, output: Path, trials: int) -> list[float]:
@@ -87,25 +89,24 @@ def process_per_trial_s(clips: Path, output: Path, trials: int) -> list[float]:
         took = time.time() - began
         result = record.read_result(output / str(seed))
         assert result is not None
-        costs.append(took - result["seconds"])
+        costs.append(took - result.seconds)
     return costs
 
 
-def pretend_finished(sweep: Sweep, output: Path, result: dict[str, Any]) -> None:
+def pretend_finished(sweep: Sweep, output: Path, result: Record) -> None:
     """Copies of one real record, as if all trials of the sweep had finished."""
     sweep.folder(output).mkdir(parents=True)
     save_sweep(sweep, output)
     for trial in sweep.trials:
         folder = trial.folder(output)
         record.prepare_folder(folder, trial.recipe)
-        (folder / record.RESULT).write_text(
-            json.dumps(result | {"trial_id": trial.id, "recipe": config.flatten(trial.recipe)})
-        )
-        epoch = {"epoch": 1, "step": 4, "time": result["finished"], "train_loss": 0.7, "val_top1": 50.0, "seconds": 1.0}
+        done = dataclasses.replace(result, trial_id=trial.id, recipe=config.flatten(trial.recipe))
+        record.write_result(folder, done)
+        epoch = {"epoch": 1, "step": 4, "time": result.finished, "train_loss": 0.7, "val_top1": 50.0, "seconds": 1.0}
         (folder / record.METRICS).write_text(json.dumps(epoch) + "\n")
 
 
-def relaunch_s(clips: Path, output: Path, recipe: Recipe, result: dict[str, Any], store: str) -> float:
+def relaunch_s(clips: Path, output: Path, recipe: Recipe, result: Record, store: str) -> float:
     """Of the command for a sweep of 60 trials that have all finished, the second time."""
     seeds = RELAUNCHED // 4
     arms = [Arm(f"kernel {k}x3x3", {"adapter.kernel_size": (k, 3, 3)}) for k in (1, 3, 5, 7)]
@@ -120,7 +121,7 @@ def relaunch_s(clips: Path, output: Path, recipe: Recipe, result: dict[str, Any]
     return time.time() - began
 
 
-def many_trials_s(output: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, float]:
+def many_trials_s(output: Path, recipe: Recipe, result: Record) -> dict[str, float]:
     """Of what is done with a thousand finished trials."""
     from stadapter.commands.main import main
     from stadapter.tracking.mirror import sync
@@ -171,13 +172,13 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(("per trial: a process each (median)", statistics.median(plain), None))
         result = record.read_result(here / "plain" / "0")
         assert result is not None
-        assert record.fingerprints(result)["train"] == load_clips(recipe.data, clips, "train").fingerprint()
+        assert result.fingerprints["train"] == load_clips(recipe.data, clips, "train").fingerprint()
         for store, name in (("none", "without MLflow"), (f"sqlite:///{here}/mlflow.db", "with MLflow")):
             took = relaunch_s(clips, here / "done", recipe, result, store)
             rows.append((f"{RELAUNCHED} finished trials, launched again {name}", took, 5))
         for what, took in many_trials_s(here / "many", recipe, result).items():
             rows.append((f"{MANY:,} finished trials: {what}", took, None))
-    print(f"{datetime.date.today()}, {options.trials} trials of {result['device']}\n")
+    print(f"{datetime.date.today()}, {options.trials} trials of {result.device}\n")
     print("| | seconds | target |\n|---|---:|---:|")
     for what, took, target in rows:
         print(f"| {what} | {took:.2f} | {'' if target is None else f'{target:g}'} |")

@@ -149,7 +149,7 @@ class Launch:
             self.terminal.event("note", trial, {"message": f"a damaged checkpoint was set aside: {path.name}"})
         if kind == "finished":
             self.done.add(trial.id)
-            details = record.read_result(folder) or {}
+            details = {"record": record.read_result(folder)}
         elif kind == "failed":
             allowed = self.request.options.max_failures
             try:

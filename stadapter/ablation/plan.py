@@ -33,6 +33,7 @@ from stadapter.training import hardware
 from stadapter.training.options import GPU_CLIPS_PER_PASS
 from stadapter.training.token_cache import check_pixels
 from stadapter.trials import record
+from stadapter.trials.record import Record
 from stadapter.trials.status import Entry
 from stadapter.trials.sweep import Sweep, Trial
 
@@ -143,17 +144,17 @@ def rate_of(entries: Sequence[Entry], recipe: Recipe, gpu: str | None) -> tuple[
     """Operations per second of one process, and where that number is from. `gpu` None: this machine's CPU."""
     rates, here = [], hardware.device_name(torch.device("cpu"))
     for entry in entries:
-        if (done := entry.result) is None or done["precision"] != recipe.optim.precision:
+        if (done := entry.result) is None or done.precision != recipe.optim.precision:
             continue
-        if done.get("prefix_cache"):  # it did not compute what `operations` counts
+        if done.prefix_cache:  # it did not compute what `operations` counts
             continue
-        if (done["device"] != here) if gpu is None else (gpu_named(done["device"]) != gpu):
+        if (done.device != here) if gpu is None else (gpu_named(done.device) != gpu):
             continue
         own = entry.trial.recipe
-        sizes = {split: one["clips"] for split, one in done["data"].items() if isinstance(one, dict)}
+        sizes = {split: used.clips for split, used in done.data.items()}
         train = sizes["train"] * own.data.repeated_augmentation
         work = Work(train, sizes["test"], sizes["test"], True)  # a record does not tell the validation list's size
-        rates.append(operations(own, cost_of(own), work) / done["seconds"] / done["processes"])
+        rates.append(operations(own, cost_of(own), work) / done.seconds / (done.processes or 1))
     if rates:
         return statistics.median(rates), f"calibrated from {len(rates)} finished trials"
     if gpu is None:
@@ -296,8 +297,8 @@ def _gpu(options: argparse.Namespace) -> str:
 
 def compare_with_reality(estimate_s: float | None, trials: Sequence[Trial], output: Path) -> str:
     """One line for the end of a sweep; empty where there was no estimate or a trial is missing."""
-    results: list[dict[str, Any] | None] = [record.read_result(trial.folder(output)) for trial in trials]
+    results: list[Record | None] = [record.read_result(trial.folder(output)) for trial in trials]
     if estimate_s is None or not results or any(result is None for result in results):
         return ""
-    took_s = sum(result["seconds"] for result in results if result is not None)
+    took_s = sum(result.seconds for result in results if result is not None)
     return f"Planned: {estimate_s / 3600:.3g} hours for these {len(trials)} trials; taken: {took_s / 3600:.3g}."

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stadapter.trials.record import bad_clips_in_words
+from stadapter.trials.record import Record, bad_clips_in_words
 from stadapter.trials.sweep import Sweep, Trial
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ class Terminal:
         elif kind == "finished":
             self.running.pop(trial.id, None)
             self.done += 1
-            text = f"top-1 {details['metrics']['top1']:.1f} %  in {details['seconds']:.0f} s"
-            if bad := bad_clips_in_words(details):
+            done: Record = details["record"]
+            text = f"top-1 {done.metrics['top1']:.1f} %  in {done.seconds:.0f} s"
+            if bad := bad_clips_in_words(done):
                 text += f"  ({bad})"
         elif kind == "note":
             text = details["message"]

@@ -89,7 +89,7 @@ def _run(
     for trial in sweep.trials:
         found = entries[trial.id].result
         if found is not None and trial.id not in missing_ids:
-            record.check_data(trial.folder(output), record.fingerprints(found), seen)
+            record.check_data(trial.folder(output), found.fingerprints, seen)
     request = Request(sweep, selected, missing_ids, output, options)
     if missing:
         dead, macs = costs

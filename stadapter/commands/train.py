@@ -150,7 +150,7 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         if group.world_size > 1:
             dist.destroy_process_group()
     if group.rank == 0:
-        print("  ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items()) + f"  -> {options.output}")
+        print("  ".join(f"{name} {value:.2f}" for name, value in result.metrics.items()) + f"  -> {options.output}")
         if bad := bad_clips_in_words(result):
             print(f"{bad}; see bad_clips in {options.output}/result.json")
     return DONE

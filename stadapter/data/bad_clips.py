@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from stadapter.data.video.packets import ClipError
+from stadapter.trials.record import Unreadable
 
 _NAMED = 10  # in a record
 
@@ -56,6 +57,6 @@ class BadClips:
         """ "path: why" of the first few in the order of the list."""
         return [self.reasons[index] for index in sorted(self.reasons)[:_NAMED]]
 
-    def summary(self) -> dict[str, Any]:
-        """For a record."""
-        return {"clips": len(self.reasons), "first": self.first()}
+    def summary(self) -> Unreadable:
+        """Return what a record holds of them."""
+        return Unreadable(len(self.reasons), tuple(self.first()))

@@ -31,13 +31,13 @@ def heading(answer: Answer) -> str:
 def overview(answers: Sequence[Answer]) -> list[str]:
     """What the report stands on: how many trials, when, how long, on what, from which code."""
     wanted = {trial.id for answer in answers for trial in answer.sweep.trials}
-    done = {r["trial_id"]: r for answer in answers for r in answer.records if r is not None}
+    done = {r.trial_id: r for answer in answers for r in answer.records if r is not None}
     if not done:
         return [f"None of {len(wanted)} trials has finished."]
-    last = datetime.datetime.fromtimestamp(max(r["finished"] for r in done.values()), datetime.UTC)
-    hours = sum(r["seconds"] for r in done.values()) / 3600
-    devices = ", ".join(sorted({r["device"] for r in done.values()}))
-    commits = ", ".join(sorted({r["git_commit"][:10] + ("+changes" if r["git_dirty"] else "") for r in done.values()}))
+    last = datetime.datetime.fromtimestamp(max(r.finished for r in done.values()), datetime.UTC)
+    hours = sum(r.seconds for r in done.values()) / 3600
+    devices = ", ".join(sorted({r.device for r in done.values()}))
+    commits = ", ".join(sorted({r.code for r in done.values()}))
     missing = len(wanted) - len(done)
     hole = f" **Missing: {missing} of {len(wanted)} trials**; the tables mark where." if missing else ""
     return [
@@ -125,8 +125,8 @@ def runs(answer: Answer) -> list[list[str]]:
         if result is None:
             lines.append([trial.arm, str(trial.seed), f"trials/{trial.id}", "no result", table.DASH, table.DASH])
         else:
-            commit = result["git_commit"][:10] + ("+changes" if result["git_dirty"] else "")
-            top1 = f"{result['metrics']['top1']:.2f}" + (table.DIVERGED if result.get("diverged") else "")
+            commit = result.code
+            top1 = f"{result.metrics['top1']:.2f}" + (table.DIVERGED if result.diverged else "")
             where = f"trials/{trial.id}"
-            lines.append([trial.arm, str(trial.seed), where, top1, f"{result['seconds']:.0f}", commit])
+            lines.append([trial.arm, str(trial.seed), where, top1, f"{result.seconds:.0f}", commit])
     return lines

@@ -16,11 +16,11 @@ def trials_frame(answer: Answer) -> pd.DataFrame:
         if result is None:
             line["status"] = "missing"
         else:
-            line["status"] = "diverged" if result.get("diverged") else "finished"
-            line |= result["metrics"]
+            line["status"] = "diverged" if result.diverged else "finished"
+            line |= result.metrics
             counted = ("trainable_params", "macs_per_view", "views", "seconds", "cpu_seconds", "peak_memory_mib")
-            line |= {name: result.get(name) for name in (*counted, "device", "git_commit", "git_dirty")}
-            line["test_data"] = result["data"]["test"]["fingerprint"]
+            line |= {name: getattr(result, name) for name in (*counted, "device", "git_commit", "git_dirty")}
+            line["test_data"] = result.data["test"].fingerprint
         fields = config.flatten(trial.recipe)
         lines.append(line | {f"recipe.{path}": value for path, value in fields.items()})
     return pd.DataFrame(lines)

@@ -14,19 +14,19 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from stadapter import config
 from stadapter.config import Recipe
 from stadapter.results.paired_tests import Difference, Summary, compare, holm, summarise
 from stadapter.results.paper import MARKS, Published, published
+from stadapter.trials.record import Record, Unreadable
 from stadapter.trials.sweep import Sweep, Trial
 
 DASH = "-"
 DIVERGED = "†"
 # Accuracies that only some data sets have: of opposite pairs, and of verb and noun heads (top-1 is then the action's).
 _PARTS = {"direction_top1": "direction %", "verb_top1": "verb %", "noun_top1": "noun %"}
-Records = Sequence[dict[str, Any] | None]
+Records = Sequence[Record | None]
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ def default_arm(sweep: Sweep) -> str:
     return next(same, sweep.arms[0].label)
 
 
-def usable(result: dict[str, Any] | None) -> bool:
+def usable(result: Record | None) -> bool:
     """Whether a record has a number to count; one that is not finite is a hole, not a mean."""
-    return result is not None and math.isfinite(result["metrics"].get("top1", math.nan))
+    return result is not None and math.isfinite(result.metrics.get("top1", math.nan))
 
 
 def make_rows(sweep: Sweep, records: Records) -> list[Row]:
     """One row per arm, in the sweep's order. `records` are in the order of `sweep.trials`, None for a missing one."""
     default = default_arm(sweep)
-    mine: dict[str, list[tuple[Trial, dict[str, Any] | None]]] = {arm.label: [] for arm in sweep.arms}
+    mine: dict[str, list[tuple[Trial, Record | None]]] = {arm.label: [] for arm in sweep.arms}
     for trial, result in zip(sweep.trials, records, strict=True):
         mine[trial.arm].append((trial, result if usable(result) else None))
     rows = [_row(arm, pairs, arm == default) for arm, pairs in mine.items()]
@@ -89,11 +89,11 @@ def make_rows(sweep: Sweep, records: Records) -> list[Row]:
     ]
 
 
-def _row(arm: str, pairs: Sequence[tuple[Trial, dict[str, Any] | None]], is_default: bool) -> Row:
+def _row(arm: str, pairs: Sequence[tuple[Trial, Record | None]], is_default: bool) -> Row:
     done = [result for _, result in pairs if result is not None]
-    top1 = {trial.seed: result["metrics"]["top1"] for trial, result in pairs if result is not None}
-    memory = [r["peak_memory_mib"] for r in done if r.get("peak_memory_mib") is not None]
-    params = done[0]["trainable_params"] if done else None
+    top1 = {trial.seed: result.metrics["top1"] for trial, result in pairs if result is not None}
+    memory = [r.peak_memory_mib for r in done if r.peak_memory_mib is not None]
+    params = done[0].trainable_params if done else None
     return Row(
         arm=arm,
         recipe=pairs[0][0].recipe,
@@ -104,14 +104,14 @@ def _row(arm: str, pairs: Sequence[tuple[Trial, dict[str, Any] | None]], is_defa
         parts={
             name: found
             for name in _PARTS
-            if (found := summarise([r["metrics"][name] for r in done if name in r["metrics"]])) is not None
+            if (found := summarise([r.metrics[name] for r in done if name in r.metrics])) is not None
         },
         difference=None,
         trainable_params=params,
-        gmacs=done[0]["macs_per_view"] * done[0]["views"] / 1e9 if done else None,
+        gmacs=done[0].macs_per_view * done[0].views / 1e9 if done else None,
         peak_memory_mib=max(memory, default=None),
-        seconds=statistics.fmean(r["seconds"] for r in done) if done else None,
-        diverged=sum(bool(r.get("diverged")) for r in done),
+        seconds=statistics.fmean(r.seconds for r in done) if done else None,
+        diverged=sum(bool(r.diverged) for r in done),
         published=published(pairs[0][0].recipe, params),
     )
 
@@ -196,7 +196,7 @@ def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
     if any(row.diverged for row in rows):
         lines.append(f"{DIVERGED} the training of at least one seed diverged; its number is in the mean.")
     lines.append("GMACs count all test views of a clip; seconds are per trial; MiB: peak memory (CPU: of the process).")
-    kept = sum(bool(r and r.get("prefix_cache")) for r in records)
+    kept = sum(bool(r and r.prefix_cache) for r in records)
     if kept:
         lines.append(f"{kept} trials read the tokens of their frozen blocks from a cache: their seconds depend on it.")
     values = {str(row.published): row.published for row in rows if row.published}
@@ -210,22 +210,22 @@ def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
     return lines + _origin(sweep, [r for r in records if r is not None])
 
 
-def _origin(sweep: Sweep, done: Sequence[dict[str, Any]]) -> list[str]:
+def _origin(sweep: Sweep, done: Sequence[Record]) -> list[str]:
     """Data, code and machine; a warning where the trials do not share their data."""
     if not done:
         return []
-    test = sorted({f"{r['data']['test']['clips']} clips, {r['data']['test']['fingerprint']}" for r in done})
-    commits = sorted({r["git_commit"][:10] + ("+changes" if r["git_dirty"] else "") for r in done})
-    devices = sorted({f"{r['device']}, {r['precision']}" for r in done})
+    test = sorted({f"{r.data['test'].clips} clips, {r.data['test'].fingerprint}" for r in done})
+    commits = sorted({r.code for r in done})
+    devices = sorted({f"{r.device}, {r.precision}" for r in done})
     lines = [
         f"Test data {sweep.recipe.data.dataset}: {' | '.join(test)}. Code {' | '.join(commits)}.",
         f"Measured on {' | '.join(devices)}.",
     ]
     for split, fate in (("train", "replaced by their neighbours"), ("test", "counted as wrong")):
-        bad = [r["bad_clips"][split] for r in done if r.get("bad_clips", {}).get(split, {}).get("clips")]
+        bad = [found for r in done if (found := r.bad_clips.get(split, Unreadable())).clips]
         if bad:
-            most = max(bad, key=lambda found: found["clips"])
-            lines.append(f"Unreadable {split} clips, {fate}: up to {most['clips']}; first {most['first'][0]}.")
+            most = max(bad, key=lambda found: found.clips)
+            lines.append(f"Unreadable {split} clips, {fate}: up to {most.clips}; first {most.first[0]}.")
     if len(test) > 1:
         lines.insert(0, "WARNING: the trials were not tested on the same clips; their differences mean nothing.")
     return lines
@@ -267,9 +267,9 @@ def to_csv(sweep: Sweep, records: Records) -> str:
         if result is None:
             writer.writerow([trial.arm, trial.seed, trial.id, "missing", *[""] * (1 + len(_PARTS) + len(_COUNTED))])
         else:
-            metrics = result["metrics"]
+            metrics = result.metrics
             measured = [metrics["top1"], *(metrics.get(name, "") for name in _PARTS)]
-            counted = [result.get(name, "") for name in _COUNTED]
-            status = "diverged" if result.get("diverged") else "finished"
+            counted = ["" if (value := getattr(result, name)) is None else value for name in _COUNTED]
+            status = "diverged" if result.diverged else "finished"
             writer.writerow([trial.arm, trial.seed, trial.id, status, *measured, *counted])
     return buffer.getvalue()

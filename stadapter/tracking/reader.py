@@ -5,16 +5,15 @@ What comes back is what was in the run folders: the files `sweep.json` and `resu
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from stadapter.config import ConfigError
 from stadapter.results.sources import Answer
 from stadapter.tracking.store import STORE_ERRORS, MlflowClient, Run
 from stadapter.trials import files, record
+from stadapter.trials.record import Record
 from stadapter.trials.sweep import SWEEP, Sweep, load_sweep
 
 
@@ -23,7 +22,7 @@ def from_mlflow(tracking_uri: str) -> list[Answer]:
     return [Answer(sweep, found) for sweep, found in read_sweeps(tracking_uri)]
 
 
-def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[Sweep, list[dict[str, Any] | None]]]:
+def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[Sweep, list[Record | None]]]:
     """Every sweep of a store with the record of each trial in order, None where it has none; sorted by name.
 
     Of several parents with the same name and recipe, the one begun last counts. ConfigError where the store cannot be
@@ -32,7 +31,7 @@ def read_sweeps(tracking_uri: str, experiment: str = "stadapter") -> list[tuple[
     file, shown = tracking_uri.removeprefix("sqlite:///"), files.without_passwords(tracking_uri)
     if file != tracking_uri and not Path(file).exists():
         raise ConfigError(f"--tracking-uri {shown}: there is no such file")
-    found: dict[str, tuple[Sweep, list[dict[str, Any] | None]]] = {}
+    found: dict[str, tuple[Sweep, list[Record | None]]] = {}
     try:
         client = MlflowClient(tracking_uri)
         holder = client.get_experiment_by_name(experiment)
@@ -70,16 +69,16 @@ def _sweep(client: MlflowClient, parent: Run) -> Sweep | None:
         return load_sweep(Path(folder))
 
 
-def _records(client: MlflowClient, parent: Run, sweep: Sweep) -> list[dict[str, Any] | None]:
+def _records(client: MlflowClient, parent: Run, sweep: Sweep) -> list[Record | None]:
     children = _search(client, parent.info.experiment_id, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     # The mirror sets this tag after the files: what has it is complete.
     complete = {run.data.tags["trial_id"]: run.info.run_id for run in children if "finished" in run.data.tags}
-    results: list[dict[str, Any] | None] = []
+    results: list[Record | None] = []
     for trial in sweep.trials:
         if trial.id not in complete:
             results.append(None)
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = client.download_artifacts(complete[trial.id], record.RESULT, folder)
-            results.append(json.loads(Path(path).read_text()))
+            results.append(record.read_result(Path(path).parent))
     return results

@@ -105,8 +105,8 @@ class Store:
             token = page.token or ""
 
     def _save_view(self, key: str) -> None:
-        done = next((result for result in records(self.sweep, self.output) if result), {"metrics": {"top1": 0}})
-        names = [_test(name) for name in done["metrics"] if not name.endswith("loss")]
+        done = next((result for result in records(self.sweep, self.output) if result), None)
+        names = [_test(name) for name in (done.metrics if done else ("top1",)) if not name.endswith("loss")]
         names.sort(key="test/top1".__ne__)
         saved = view.saved_view(self.sweep, self.parent.info.run_id, self.parent.info.start_time, names)
         self.client.set_experiment_tag(self.experiment_id, view.TAG + key, saved)
@@ -130,7 +130,7 @@ class Store:
                 run, self.logged[trial.id] = None, set()
         if run is None:
             result = record.read_result(trial.folder(self.output))
-            began = result["started"] if result else epochs[0]["time"] if epochs else time.time()
+            began = result.started if result else epochs[0]["time"] if epochs else time.time()
             tags = {_PARENT: self.parent.info.run_id, "trial_id": trial.id, "arm": trial.arm, "seed": str(trial.seed)}
             tags |= self._tags() | {"order": self.order[trial.id]}
             name = f"{trial.arm} s{trial.seed}"  # MLflow's list shows fifteen letters
@@ -178,7 +178,7 @@ class Store:
         folder = trial.folder(self.output)
         result = record.read_result(folder)
         assert result is not None, f"{folder} has no {record.RESULT}"
-        finished = _ms(result["finished"])
+        finished = _ms(result.finished)
         known = self.known.get(trial.id)
         if known and known.info.status == "FINISHED" and known.data.tags.get("finished") == str(finished):
             return
@@ -188,9 +188,9 @@ class Store:
                 self.client.log_artifact(run_id, str(folder / name))
         if (folder / record.TRAINED).exists():
             self._log_model(run_id, trial, folder / record.TRAINED)
-        values = {_test(name): value for name, value in result["metrics"].items()}
-        values |= {name: result[name] for name in _COSTS if name in result}
-        tags = [RunTag(name, str(result[name])) for name in ("git_commit", "device", "precision") if name in result]
+        values = {_test(name): value for name, value in result.metrics.items()}
+        values |= {name: value for name in _COSTS if (value := getattr(result, name)) is not None}
+        tags = [RunTag(name, str(getattr(result, name))) for name in ("git_commit", "device", "precision")]
         tags.append(RunTag("finished", str(finished)))  # after the files, with the numbers: what has it is complete
         metrics = self._new_epochs(trial)
         self._log(run_id, [*metrics, *_metrics(values, finished, 0)], tags)

@@ -41,7 +41,8 @@ from stadapter.training.options import TrainOptions
 from stadapter.training.runtime import PRECISIONS, ProcessGroup, make_dataset
 from stadapter.training.state import Clock, Run, TrainComponents
 from stadapter.training.token_cache import kept_splits, open_token_cache
-from stadapter.trials import files, provenance, record
+from stadapter.trials import provenance, record
+from stadapter.trials.record import ClipsUsed, Record
 
 TEST_BATCH_FACTOR = 4  # without a graph, a pass of this many times the clips fits the same memory
 
@@ -61,7 +62,7 @@ def train(
     on_epoch: Report | None = None,
     on_step: Report | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Train and test one recipe in `folder`, from its last checkpoint if there is one; returns the record.
 
     Called by every process of the `group`, which stands already. `on_epoch` is called in every process
@@ -81,7 +82,7 @@ def train(
     finished = record.read_result(folder)
     if finished is not None:
         record.check_config(folder, recipe)
-        record.check_data(folder, record.fingerprints(finished), seen)
+        record.check_data(folder, finished.fingerprints, seen)
         return finished
     hardware.reset_peak_memory(group.device)
     chosen = hardware.set_up(group.device, optim.precision)
@@ -117,48 +118,48 @@ def train(
 
     tested = _test(run, clips["test"], bad["test"], train_options, all_views=True)
     cost = cost_of(recipe)
-    result = {
-        "trial_id": identity(recipe),
-        "recipe": flatten(recipe),
-        "metrics": tested,
-        "epoch": optim.epochs,
+    result = Record(
+        trial_id=identity(recipe),
+        recipe=flatten(recipe),
+        metrics=tested,
+        epoch=optim.epochs,
         # The last step may break the weights behind the last training loss.
-        "diverged": not math.isfinite(tested["loss"])
+        diverged=not math.isfinite(tested["loss"])
         or diverged(
             [line["train_loss"] for line in record.read_metrics(folder)], *(data.label_groups or [data.num_classes])
         ),
         **dataclasses.asdict(cost),
-        "views": data.test_temporal_views * data.test_spatial_views,
-        "seconds": run.clock.seconds(),
-        "cpu_seconds": run.clock.cpu_seconds(),
-        "launches": run.launches,
-        "peak_memory_mib": hardware.peak_memory_mib(group.device),
-        "device": hardware.device_name(group.device),
-        "processes": group.world_size,
-        "threads": torch.get_num_threads(),
-        "precision": optim.precision,
-        "chosen": chosen,
-        "compiled": train_options.compile,
-        "recomputed": train_options.recompute,
-        "prefix_cache": token_cache and token_cache.summary(),
-        "bad_clips": {split: found.summary() for split, found in bad.items()},
-        "data": {split: {"fingerprint": fingerprint, "clips": len(clips[split])} for split, fingerprint in seen.items()}
-        | {"decoder": "pyav" if train_options.decoder == "auto" else train_options.decoder},
-        "started": run.clock.began,
-        "finished": time.time(),
+        views=data.test_temporal_views * data.test_spatial_views,
+        seconds=run.clock.seconds(),
+        cpu_seconds=run.clock.cpu_seconds(),
+        launches=run.launches,
+        peak_memory_mib=hardware.peak_memory_mib(group.device),
+        device=hardware.device_name(group.device),
+        processes=group.world_size,
+        threads=torch.get_num_threads(),
+        precision=optim.precision,
+        chosen=chosen,
+        compiled=train_options.compile,
+        recomputed=train_options.recompute,
+        prefix_cache=token_cache.summary() if token_cache else None,
+        bad_clips={split: found.summary() for split, found in bad.items()},
+        data={split: ClipsUsed(fingerprint, len(clips[split])) for split, fingerprint in seen.items()},
+        decoder="pyav" if train_options.decoder == "auto" else train_options.decoder,
+        started=run.clock.began,
+        finished=time.time(),
         **provenance.provenance(),
-    }
+    )
     if group.rank == 0:
         model_file.save(
             folder / record.TRAINED,
             components.model,
             recipe,
             frozen_sha256=components.frozen_sha256,
-            data=result["data"],
+            data=result.to_json()["data"],
             metrics=tested,
             class_names=clips["test"].class_names,
         )
-        files.write_json(folder / record.RESULT, result)
+        record.write_result(folder, result)
     return result
 
 

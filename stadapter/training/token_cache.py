@@ -36,6 +36,7 @@ from stadapter.data.cache.tokens import _MAGIC, FLAG, Rows
 from stadapter.data.lists.clip_list import ClipList
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.cost import meta_model
+from stadapter.trials.record import TokensUsed
 from stadapter.version import __version__
 
 # Fields of `data` that change a clip's pixels from epoch to epoch, and the value at which they do not.
@@ -114,13 +115,9 @@ class TokenCache:
         remaining, known = iter(fresh), iter(batch.get("tokens", ()))
         return torch.stack([next(known).to(self.device) if kept else next(remaining) for kept in is_kept])
 
-    def summary(self) -> dict[str, Any]:
-        """For a record, since times depend on it: rows there at the start of this launch, and at its end."""
-        return {
-            "blocks": self.blocks,
-            "rows": {split: rows.count() for split, rows in self.rows.items()},
-            "rows_at_start": dict(self.found),
-        }
+    def summary(self) -> TokensUsed:
+        """Return what a record holds, since times depend on it: rows at the start of this launch, and at its end."""
+        return TokensUsed(self.blocks, {split: rows.count() for split, rows in self.rows.items()}, dict(self.found))
 
 
 def open_token_cache(

@@ -15,14 +15,123 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from stadapter.config import ConfigError, Recipe, flatten, scientific_fields, unflatten
 from stadapter.trials.files import remove_parts, write_json
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
 TRAINED, RESULT = "trained.safetensors", "result.json"
+COMMIT_DIGITS = 10  # of a commit, where one is shown
+
+
+@dataclass(frozen=True)
+class ClipsUsed:
+    """One list of clips that a training stands on."""
+
+    fingerprint: str
+    clips: int
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """The clips of one list that could not be read: how many, and `path: why` of the first ones."""
+
+    clips: int = 0
+    first: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokensUsed:
+    """What a token cache held: the frozen blocks that it stands for, and its rows at the start and at the end."""
+
+    blocks: int
+    rows: Mapping[str, int]
+    rows_at_start: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished training left: its numbers, what they cost, and where they come from.
+
+    Fields without a default are in every record. The others came later or depend on the machine: None, an empty value
+    or "unknown" says that the record does not hold them. Times are in seconds; `started` and `finished` since 1970.
+    """
+
+    trial_id: str
+    recipe: Mapping[str, Any]  # every field, by dotted path
+    metrics: Mapping[str, float]  # of the test split; accuracies in per cent
+    epoch: int
+    trainable_params: int
+    macs_per_view: int
+    seconds: float
+    device: str
+    data: Mapping[str, ClipsUsed]  # by split
+    started: float
+    finished: float
+    decoder: str | None = None
+    views: int = 1
+    diverged: bool = False
+    total_params: int | None = None
+    dead_params: int | None = None
+    adapter_params: int | None = None
+    head_params: int | None = None
+    cpu_seconds: float | None = None
+    launches: int | None = None
+    peak_memory_mib: float | None = None
+    processes: int | None = None
+    threads: int | None = None
+    precision: str | None = None
+    chosen: str | None = None  # how matrices were multiplied, and why
+    compiled: bool | None = None
+    recomputed: bool | None = None
+    prefix_cache: TokensUsed | None = None
+    bad_clips: Mapping[str, Unreadable] = field(default_factory=dict)  # by split
+    versions: Mapping[str, str] = field(default_factory=dict)  # by library
+    git_commit: str = "unknown"
+    git_dirty: bool = False
+    host: str | None = None
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each list of clips, by split."""
+        return {split: used.fingerprint for split, used in self.data.items()}
+
+    @property
+    def code(self) -> str:
+        """The commit that made the record, shortened, and whether the tree had changes."""
+        return self.git_commit[:COMMIT_DIGITS] + ("+changes" if self.git_dirty else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as result.json holds them. `from_json` is the inverse."""
+        data: dict[str, Any] = {split: vars(used) for split, used in self.data.items()}
+        if self.decoder is not None:
+            data["decoder"] = self.decoder
+        bad = {split: {"clips": found.clips, "first": list(found.first)} for split, found in self.bad_clips.items()}
+        tokens = self.prefix_cache and vars(self.prefix_cache)
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "decoder"}
+        return plain | {"data": data, "bad_clips": bad, "prefix_cache": tokens}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the record of these fields, older ones included; fields of a later version are left out.
+
+        Raises ValueError if a field that every record has is missing or is of another kind.
+        """
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        try:
+            data = dict(values["data"])
+            known["decoder"] = data.pop("decoder", None)
+            known["data"] = {split: ClipsUsed(**used) for split, used in data.items()}
+            bad = values.get("bad_clips") or {}
+            known["bad_clips"] = {split: Unreadable(one["clips"], tuple(one["first"])) for split, one in bad.items()}
+            tokens = values.get("prefix_cache")
+            known["prefix_cache"] = TokensUsed(**tokens) if tokens else None
+            return cls(**known)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{error} is missing or of another kind") from None
 
 
 def prepare_folder(folder: Path, recipe: Recipe) -> None:
@@ -66,10 +175,24 @@ def check_data(folder: Path, found: Mapping[str, str], now: Mapping[str, str]) -
             )
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished training, or None where it has not finished. ConfigError if it is damaged."""
+def read_result(folder: Path) -> Record | None:
+    """Return the record of a finished training, or None if it has not finished. Raises ConfigError if it is damaged."""
     path = folder / RESULT
-    return _read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    values = _read_json(path)
+    try:
+        return Record.from_json(values)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: is damaged ({error}); delete this file, and the same command makes it again from the last "
+            "checkpoint"
+        ) from None
+
+
+def write_result(folder: Path, record: Record) -> None:
+    """Write the record, whole or not at all: from then on the training counts as finished."""
+    write_json(folder / RESULT, record.to_json())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -103,14 +226,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def fingerprints(result: Mapping[str, Any]) -> dict[str, str]:
-    """{split: fingerprint} of the clips that a record stands on."""
-    return {split: one["fingerprint"] for split, one in result["data"].items() if isinstance(one, dict)}
-
-
-def bad_clips_in_words(result: dict[str, Any]) -> str:
-    """What a reader of a record must know about the clips it could not read; empty when there are none."""
+def bad_clips_in_words(record: Record) -> str:
+    """Return what a reader must know about the clips that could not be read; empty if there are none."""
     fates = {"train": "in training, replaced by neighbours", "test": "in testing, counted as wrong"}
-    bad = result.get("bad_clips", {})
-    counts = [f"{bad[split]['clips']} {fate}" for split, fate in fates.items() if bad.get(split, {}).get("clips")]
-    return f"unreadable clips: {'; '.join(counts)}" if counts else ""
+    counts = {split: record.bad_clips[split].clips for split in fates if split in record.bad_clips}
+    told = [f"{count} {fates[split]}" for split, count in counts.items() if count]
+    return f"unreadable clips: {'; '.join(told)}" if told else ""

@@ -12,10 +12,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stadapter.config import ConfigError
 from stadapter.trials import files, lock, record
+from stadapter.trials.record import Record
 from stadapter.trials.sweep import FIGURE, SWEEP, Sweep, Trial
 
 FAILURES = "failures.json"  # in a trial's folder: how often it failed, under which --max-failures, and why last
@@ -35,7 +35,7 @@ class Entry:
     """One trial and what there is of it."""
 
     trial: Trial
-    result: dict[str, Any] | None
+    result: Record | None
     epochs: int  # recorded so far
     resumable: bool  # there is a checkpoint
     failures: Failures

@@ -16,6 +16,7 @@ from typing import Any
 from stadapter import config, recipes
 from stadapter.config import ConfigError, Recipe
 from stadapter.trials import files, record
+from stadapter.trials.record import Record
 
 DEFAULT_OUTPUT = Path("runs")
 
@@ -93,7 +94,7 @@ def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], se
     return Sweep(name, question, recipe, tuple(arms), tuple(trials), expected)
 
 
-def records(sweep: Sweep, output: Path) -> list[dict[str, Any] | None]:
+def records(sweep: Sweep, output: Path) -> list[Record | None]:
     """The record of each trial in order, None where it has not finished."""
     return [record.read_result(trial.folder(output)) for trial in sweep.trials]
 

@@ -219,6 +219,6 @@ def test_a_script_trains_on_the_layout_of_the_recipes_data(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about dead adapters
             result = train(trial.recipe, tmp_path / trial.id, TrainOptions(data_root=layouts[recipe.data.dataset]))
-        assert result["recipe"]["data.dataset"] == recipe.data.dataset
-        assert 0 <= result["metrics"]["top1"] <= 100
-        assert ("verb_top1" in result["metrics"]) == (recipe.data.label_groups is not None)
+        assert result.recipe["data.dataset"] == recipe.data.dataset
+        assert 0 <= result.metrics["top1"] <= 100
+        assert ("verb_top1" in result.metrics) == (recipe.data.label_groups is not None)

@@ -122,8 +122,8 @@ def test_a_data_set_as_published_goes_from_its_lists_to_a_table(
     for row in rows:
         result = record.read_result(output / "trials" / row["trial_id"])
         assert result is not None
-        assert result["data"]["test"]["clips"] == 7
-        assert result["bad_clips"]["test"]["clips"] == 0
+        assert result.data["test"].clips == 7
+        assert result.bad_clips["test"].clips == 0
         assert all(0 <= float(row[name]) <= 100 for name in columns)
     header = (sweep / "table.txt").read_text().splitlines()[0]
     assert ("verb %" in header) == ("noun %" in header) == ("verb_top1" in columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from stadapter.config import Recipe
 from stadapter.model.build import build_model
 from stadapter.model.cost import cost_of
 from stadapter.training.hardware import device_name
+from stadapter.trials.record import write_result
 from stadapter.trials.status import entry
 from stadapter.trials.sweep import make_sweep
 
@@ -138,7 +138,7 @@ def test_a_rate_is_the_operations_of_finished_trials_over_their_seconds(tmp_path
     (trial,) = sweep.trials
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     result = made_up.result(trial, 90.0, seconds=20.0, processes=2, device=device_name(torch.device("cpu")))
-    (trial.folder(tmp_path) / "result.json").write_text(json.dumps(result))
+    write_result(trial.folder(tmp_path), result)
     rate, source = rate_of([entry(trial, tmp_path)], trial.recipe, None)
     work = Work(720, 360, 360, True)
     assert rate == pytest.approx(operations(trial.recipe, cost_of(trial.recipe), work) / 20 / 2)
@@ -147,7 +147,7 @@ def test_a_rate_is_the_operations_of_finished_trials_over_their_seconds(tmp_path
     assert rate_of([entry(trial, tmp_path)], trial.recipe, "t4-16gb")[1].endswith("an assumption")
     made_up.write(sweep, tmp_path, made_up.KERNEL)  # on a device that is neither listed nor this CPU
     assert rate_of([entry(trial, tmp_path)], trial.recipe, None)[0] is None
-    (trial.folder(tmp_path) / "result.json").write_text(json.dumps(result))
+    write_result(trial.folder(tmp_path), result)
     assert compare_with_reality(36.0, [trial], tmp_path) == "Planned: 0.01 hours for these 1 trials; taken: 0.00556."
 
 

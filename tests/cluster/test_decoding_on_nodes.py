@@ -118,7 +118,7 @@ def test_a_training_gives_the_same_numbers(
 ) -> None:
     here = train(tiny_recipe, tmp_path / "here", TrainOptions(clip_folder))
     there = train(tiny_recipe, tmp_path / "there", TrainOptions(clip_folder, remote_loader=decode_on_cluster))
-    assert here["metrics"] == there["metrics"]
+    assert here.metrics == there.metrics
     trained = [load_file(tmp_path / place / "trained.safetensors") for place in ("here", "there")]
     assert trained[0].keys() == trained[1].keys()
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())

@@ -88,7 +88,7 @@ def test_every_trial_is_announced_when_it_starts_and_when_it_ends(finished: subp
 def test_the_table_is_the_records_mean_and_spread(finished: subprocess.CompletedProcess[str], output: Path) -> None:
     found = records(load_sweep(sweep_folder(output)), output)
     for arm, pair in (("kernel 1x3x3", found[:2]), ("kernel 3x3x3", found[2:])):
-        a, b = (r["metrics"]["top1"] for r in pair if r is not None)
+        a, b = (r.metrics["top1"] for r in pair if r is not None)
         spread = abs(a - b) / 2**0.5
         assert f"{arm}  {(a + b) / 2:.1f} ± {spread:.1f}" in finished.stdout
 
@@ -110,8 +110,8 @@ def test_the_csv_leads_from_a_row_to_its_run_folders(output: Path) -> None:
     for row in rows:
         result = record.read_result(output / "trials" / row["trial_id"])
         assert result is not None
-        assert float(row["top1"]) == result["metrics"]["top1"]
-        assert int(row["seed"]) == result["recipe"]["seed"]
+        assert float(row["top1"]) == result.metrics["top1"]
+        assert int(row["seed"]) == result.recipe["seed"]
 
 
 def test_arms_with_one_seed_see_the_same_clips(output: Path) -> None:
@@ -122,7 +122,7 @@ def test_arms_with_one_seed_see_the_same_clips(output: Path) -> None:
     assert one.recipe.seed == other.recipe.seed == 0
     results = [record.read_result(trial.folder(output)) for trial in (one, other)]
     assert results[0] is not None and results[1] is not None
-    assert results[0]["data"] == results[1]["data"]
+    assert results[0].data == results[1].data
 
 
 def test_a_finished_sweep_is_not_run_again(sweep_flags: list[str], finished: Any, output: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_trial_of_the_sweep_equals_a_training_in_a_plain_process(
     here = train(trial.recipe, tmp_path, TrainOptions(data_root=clip_folder))
     there = record.read_result(trial.folder(output))
     assert there is not None
-    assert here["metrics"] == there["metrics"]
+    assert here.metrics == there.metrics
     assert losses(tmp_path) == losses(trial.folder(output))
 
 
@@ -172,9 +172,9 @@ def test_two_processes_on_ray_train_give_the_numbers_of_one(
     one = train(tiny_recipe, tmp_path / "one", TrainOptions(clip_folder))
     two = record.read_result(trial.folder(tmp_path))
     assert two is not None
-    assert two["processes"] == 2
+    assert two.processes == 2
     assert losses(trial.folder(tmp_path)) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert two["metrics"]["top1"] == one["metrics"]["top1"]
+    assert two.metrics["top1"] == one.metrics["top1"]
 
 
 def test_a_trial_that_fails_says_why_and_costs_no_other(
@@ -211,7 +211,7 @@ def test_an_adapter_from_somebodys_file_trains_in_the_processes_of_a_sweep(
     ]
     run_trials(Cluster(Resources()), trials, tmp_path, TrainOptions(clip_folder), lambda *event: None)
     results = [record.read_result(trial.folder(tmp_path)) for trial in trials]
-    assert [result and result["recipe"]["own.adapter"] for result in results] == ["", "TemporalAttentionAdapter", ""]
+    assert [result and result.recipe["own.adapter"] for result in results] == ["", "TemporalAttentionAdapter", ""]
 
 
 def test_a_running_cluster_can_be_joined(cluster: Cluster, tiny_flags: list[str], tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_sync_writes_the_records_into_another_store(output: Path, tmp_path: Path
     runs = client.search_runs([experiment.experiment_id])
     accuracies = sorted(run.data.metrics["test/top1"] for run in runs if "trial_id" in run.data.tags)
     found = records(load_sweep(sweep_folder(output)), output)
-    assert accuracies == sorted(r["metrics"]["top1"] for r in found if r is not None)
+    assert accuracies == sorted(r.metrics["top1"] for r in found if r is not None)
 
 
 def test_the_sweep_folder_describes_the_sweep(output: Path) -> None:

@@ -31,6 +31,7 @@ from stadapter.data.video.decoding import ClipError, decode
 from stadapter.training.loop import train
 from stadapter.training.options import TrainOptions
 from stadapter.trials import record
+from stadapter.trials.record import Record
 
 BAD = ("zero bytes.mp4", "truncated.mp4", "text.mp4", "audio only.mp4")
 ODD = ("one frame.mp4", "variable rate.mp4", "räum té/日本 clip.mp4")
@@ -89,20 +90,20 @@ def run(recipe: Recipe, root: Path, folder: Path, workers: int) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def undisturbed(odd_folder: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(odd_folder: Path, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Record:
     torch.set_num_threads(1)
     return run(tiny_recipe, odd_folder, tmp_path_factory.mktemp("run"), workers=0)
 
 
-def test_a_folder_of_bad_files_trains_and_tests_to_the_end_and_reports_each(undisturbed: dict[str, Any]) -> None:
-    named = {split: [line.partition(": ") for line in found["first"]] for split, found in
-             undisturbed["bad_clips"].items()}  # fmt: skip
+def test_a_folder_of_bad_files_trains_and_tests_to_the_end_and_reports_each(undisturbed: Record) -> None:
+    named = {split: [line.partition(": ") for line in found.first] for split, found in
+             undisturbed.bad_clips.items()}  # fmt: skip
     assert [Path(path).name for path, _, _ in named["train"]] == list(BAD)
     assert [Path(path).name for path, _, _ in named["test"]] == [*BAD, VANISHES]
     reasons = [why for _, _, why in named["test"]]
     for why, word in zip(reasons, ("zero bytes", "truncated", "not a video", "no video", "No such file"), strict=True):
         assert word in why
-    assert undisturbed["metrics"]["bad_clips"] == 5
+    assert undisturbed.metrics["bad_clips"] == 5
     assert record.bad_clips_in_words(undisturbed) == (
         "unreadable clips: 4 in training, replaced by neighbours; 5 in testing, counted as wrong"
     )
@@ -113,8 +114,8 @@ def test_bad_files_give_the_same_numbers_with_loader_workers(
     undisturbed: dict[str, Any], odd_folder: Path, tiny_recipe: Recipe, tmp_path: Path, workers: int
 ) -> None:
     result = run(tiny_recipe, odd_folder, tmp_path, workers)
-    assert result["metrics"] == undisturbed["metrics"]
-    assert result["bad_clips"] == undisturbed["bad_clips"]
+    assert result.metrics == undisturbed.metrics
+    assert result.bad_clips == undisturbed.bad_clips
 
 
 def test_too_many_bad_clips_stop_the_training_with_a_reason(
@@ -138,7 +139,7 @@ def test_bad_clips_met_before_an_interruption_are_in_the_record(
 
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path, train_options, on_epoch=stop)
-    assert train(recipe, tmp_path, train_options)["bad_clips"]["train"] == undisturbed["bad_clips"]["train"]
+    assert train(recipe, tmp_path, train_options).bad_clips["train"] == undisturbed.bad_clips["train"]
 
 
 def test_two_processes_report_the_bad_clips_of_both(
@@ -152,8 +153,8 @@ def test_two_processes_report_the_bad_clips_of_both(
     )
     result = record.read_result(tmp_path / "run")
     assert result is not None
-    assert result["bad_clips"]["train"] == undisturbed["bad_clips"]["train"]
-    assert result["bad_clips"]["test"]["first"] == undisturbed["bad_clips"]["test"]["first"][:4]  # all but the vanished
+    assert result.bad_clips["train"] == undisturbed.bad_clips["train"]
+    assert result.bad_clips["test"].first == undisturbed.bad_clips["test"].first[:4]  # all but the vanished
     assert "unreadable clips: 4 in training, replaced by neighbours; 4 in testing, counted as wrong" in done.stdout
 
 

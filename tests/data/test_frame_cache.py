@@ -373,7 +373,7 @@ def test_the_second_trial_of_a_sweep_decodes_nothing(
         replace(recipe, **{"adapter.kernel_size": (1, 1, 1)}), tmp_path / "other", TrainOptions(clip_folder, cache_gb=1)
     )
     open_cache.cache_clear()
-    assert plain["metrics"] == first["metrics"] == again["metrics"]
+    assert plain.metrics == first.metrics == again.metrics
 
 
 def test_a_negative_size_is_a_config_error() -> None:

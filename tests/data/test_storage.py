@@ -117,6 +117,6 @@ def test_a_training_on_remote_clips_gives_the_numbers_of_local_ones(
     recipe = config.replace(tiny_recipe, **{"optim.epochs": 1})
     local = train(recipe, tmp_path / "local", TrainOptions(clip_folder))
     remote = train(recipe, tmp_path / "remote", TrainOptions(f"file://{clip_folder}", num_workers=1))
-    assert remote["metrics"] == local["metrics"]
-    assert remote["data"] == local["data"]
+    assert remote.metrics == local.metrics
+    assert remote.data == local.data
     assert len(list((tmp_path / "spill").rglob("*.mp4"))) == 16 + 7

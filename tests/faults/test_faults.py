@@ -183,7 +183,7 @@ def ended(folder: Path) -> float:
 def of(folder: Path, steps: list[Step]) -> list[Step]:
     result = record.read_result(folder)
     assert result is not None
-    return [step for step in steps if step.extent == result["recipe"]["adapter.kernel_size"][0]]
+    return [step for step in steps if step.extent == result.recipe["adapter.kernel_size"][0]]
 
 
 def conclude(
@@ -211,9 +211,9 @@ def conclude(
     for trial, folder in finished.items():
         mine, reference = record.read_result(folder), record.read_result(expected[trial])
         assert mine is not None and reference is not None
-        assert mine["metrics"]["top1"] == reference["metrics"]["top1"]
+        assert mine.metrics["top1"] == reference.metrics["top1"]
         if exact:
-            assert mine["metrics"] == reference["metrics"]
+            assert mine.metrics == reference.metrics
             tensors = [load_file(each / record.TRAINED) for each in (folder, expected[trial])]
             assert all(tensors[0][name].equal(tensor) for name, tensor in tensors[1].items())
 
@@ -531,8 +531,8 @@ def test_one_trial_over_two_nodes_gives_the_numbers_of_one_process(
     both = folder, undisturbed.finished()[trial]
     two, one = (record.read_result(each) for each in both)
     assert two is not None and one is not None
-    assert (two["processes"], one["processes"]) == (2, 1)
-    assert two["metrics"]["top1"] == one["metrics"]["top1"]
+    assert (two.processes, one.processes) == (2, 1)
+    assert two.metrics["top1"] == one.metrics["top1"]
     losses = [[line["train_loss"] for line in record.read_metrics(each)] for each in both]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from stadapter import config, recipes
 from stadapter.config import Recipe
-from stadapter.trials import files, record
+from stadapter.trials import record
+from stadapter.trials.record import ClipsUsed, Record
 from stadapter.trials.sweep import Arm, Sweep, Trial, make_sweep, save_sweep
 
 KERNEL = {"kernel 1x3x3": 48.0, "kernel 3x3x3": 96.0, "kernel 5x3x3": 97.0, "kernel 7x3x3": 96.5}
@@ -19,12 +20,12 @@ def kernel_sweep(seeds: int = 2, recipe: Recipe = recipes.embedded) -> Sweep:
     return make_sweep("kernel", "Does it matter how far it looks?", recipe, arms, seeds, "A step, then a plateau.")
 
 
-def result(trial: Trial, top1: float, **more: Any) -> dict[str, Any]:
-    """A record of the form that `train` writes."""
+def result(trial: Trial, top1: float, **more: Any) -> Record:
+    """A record as `train` makes it."""
     adapter = trial.recipe.adapter
     params = 1000 + adapter.bottleneck_width * 1000 + 6 * adapter.bottleneck_width * adapter.kernel_size[0] * 9
     params = params * len(adapter.blocks or range(6)) // 6
-    values = {
+    values: dict[str, Any] = {
         "trial_id": trial.id,
         "recipe": config.flatten(trial.recipe),
         "metrics": {"top1": top1, "top5": min(100.0, top1 + 20), "loss": 0.3, "direction_top1": (100 + top1) / 2},
@@ -37,13 +38,13 @@ def result(trial: Trial, top1: float, **more: Any) -> dict[str, Any]:
         "peak_memory_mib": 900.0,
         "device": "made up",
         "precision": "float32",
-        "data": {"train": {"fingerprint": "0" * 16, "clips": 720}, "test": {"fingerprint": "1" * 16, "clips": 360}},
+        "data": {"train": ClipsUsed("0" * 16, 720), "test": ClipsUsed("1" * 16, 360)},
         "started": 1.7e9,
         "finished": 1.7e9 + 40,
         "git_commit": "0123456789abcdef",
         "git_dirty": False,
     }
-    return values | more
+    return Record(**(values | more))
 
 
 def write(
@@ -57,4 +58,4 @@ def write(
             noise = random.Random(f"{trial.id}").gauss(0, spread)
             folder = trial.folder(output)
             record.prepare_folder(folder, trial.recipe)
-            files.write_json(folder / record.RESULT, result(trial, round(min(100.0, means[trial.arm] + noise), 2)))
+            record.write_result(folder, result(trial, round(min(100.0, means[trial.arm] + noise), 2)))

@@ -34,7 +34,7 @@ def test_the_printed_classes_are_right_as_often_as_the_record_says(
     right = sum(top.endswith(f"%  {Path(video).parent.name}") for video, top in zip(videos, tops, strict=True))
     result = record.read_result(undisturbed)
     assert result is not None
-    assert 100 * right / len(videos) == pytest.approx(result["metrics"]["top1"])
+    assert 100 * right / len(videos) == pytest.approx(result.metrics["top1"])
 
 
 def test_probabilities_are_the_mean_over_the_recipes_views_whatever_the_batch(
@@ -101,11 +101,11 @@ def test_a_finished_training_is_tested_again_with_the_same_numbers(
     result = record.read_result(undisturbed)
     assert result is not None
     model, recipe, _ = open_trained(undisturbed)
-    assert test(model, recipe, TrainOptions(clip_folder)) == pytest.approx(result["metrics"], rel=1e-6)
+    assert test(model, recipe, TrainOptions(clip_folder)) == pytest.approx(result.metrics, rel=1e-6)
     assert main(["evaluate", str(undisturbed / record.TRAINED), "--data-root", str(clip_folder)]) == 0
     said = capsys.readouterr()
-    assert f"fingerprint {result['data']['test']['fingerprint']}" in said.out
-    assert f"top1 {result['metrics']['top1']:.2f}" in said.out and "note" not in said.err
+    assert f"fingerprint {result.data['test'].fingerprint}" in said.out
+    assert f"top1 {result.metrics['top1']:.2f}" in said.out and "note" not in said.err
 
 
 def test_other_clips_than_those_of_the_record_are_pointed_out(

@@ -232,4 +232,4 @@ def test_what_cls_gathers_in_an_own_adapter_reaches_the_logits(tmp_path: Path, t
 
 def test_an_own_arm_trains_in_a_plain_process(recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
     result = train(recipe, tmp_path, TrainOptions(data_root=clip_folder))
-    assert result["recipe"]["own.adapter"] == "TemporalAttentionAdapter"
+    assert result.recipe["own.adapter"] == "TemporalAttentionAdapter"

@@ -228,11 +228,11 @@ def test_a_training_goes_from_clips_to_a_record(
 ) -> None:
     recipe = replace(for_strategy(tiny_recipe, strategy), **{"optim.epochs": 1})
     result = train(recipe, tmp_path, TrainOptions(data_root=clip_folder))
-    assert result["recipe"]["strategy"] == strategy
-    assert result["trainable_params"] == cost_of(recipe).trainable_params
-    assert isinstance(result["diverged"], bool)
+    assert result.recipe["strategy"] == strategy
+    assert result.trainable_params == cost_of(recipe).trainable_params
+    assert isinstance(result.diverged, bool)
     saved = load_file(tmp_path / record.TRAINED)
-    assert sum(tensor.numel() for tensor in saved.values()) == result["trainable_params"]
+    assert sum(tensor.numel() for tensor in saved.values()) == result.trainable_params
 
 
 # --- placements and options of the adapter

@@ -25,7 +25,7 @@ from stadapter.results.report import write_report
 from stadapter.results.sources import Answer, from_folder
 from stadapter.tracking.mirror import sync
 from stadapter.tracking.reader import from_mlflow
-from stadapter.trials import files, record
+from stadapter.trials import record
 from stadapter.trials.sweep import Arm, make_sweep, sweep_folders
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_a_missing_trial_is_a_marked_hole(output: Path) -> None:
     text = table.to_text(kernel.sweep, kernel.records)
     (line,) = (line for line in text.splitlines() if line.startswith("kernel 5x3x3"))
     assert line.endswith("2 of 3")
-    done = [r["metrics"]["top1"] for t, r in zip(kernel.sweep.trials, kernel.records, strict=True)
+    done = [r.metrics["top1"] for t, r in zip(kernel.sweep.trials, kernel.records, strict=True)
             if r and t.arm == "kernel 5x3x3"]  # fmt: skip
     assert f"{statistics.mean(done):.1f} ± {statistics.stdev(done):.1f}" in line
     assert "INCOMPLETE: kernel 5x3x3 (2 of 3 seeds finished)" in text
@@ -95,8 +95,8 @@ def test_a_number_that_is_not_finite_is_a_hole_too(tmp_path: Path) -> None:
     sweep = made_up.kernel_sweep(2)
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     first = sweep.trials[0]
-    broken = made_up.result(first, 50.0) | {"metrics": {"top1": float("nan")}}
-    files.write_json(first.folder(tmp_path) / record.RESULT, broken)
+    broken = made_up.result(first, 50.0, metrics={"top1": float("nan")})
+    record.write_result(first.folder(tmp_path), broken)
     (found,) = from_folder(tmp_path)
     assert found.rows[0].hole == "1 of 2"
     assert found.rows[0].top1 is not None and found.rows[0].top1.n == 1
@@ -106,7 +106,7 @@ def test_a_diverged_trial_is_marked(tmp_path: Path) -> None:
     sweep = made_up.kernel_sweep(2)
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     first = sweep.trials[0]
-    files.write_json(first.folder(tmp_path) / record.RESULT, made_up.result(first, 8.0, diverged=True))
+    record.write_result(first.folder(tmp_path), made_up.result(first, 8.0, diverged=True))
     (found,) = from_folder(tmp_path)
     text = table.to_text(found.sweep, found.records)
     assert re.search(r"kernel 1x3x3 .*†", text)
@@ -129,8 +129,8 @@ def test_trials_tested_on_different_clips_raise_a_warning(tmp_path: Path) -> Non
     sweep = made_up.kernel_sweep(2)
     made_up.write(sweep, tmp_path, made_up.KERNEL)
     first = sweep.trials[0]
-    other = {"train": {"fingerprint": "0", "clips": 1}, "test": {"fingerprint": "2", "clips": 1}}
-    files.write_json(first.folder(tmp_path) / record.RESULT, made_up.result(first, 48.0, data=other))
+    other = {"train": record.ClipsUsed("0", 1), "test": record.ClipsUsed("2", 1)}
+    record.write_result(first.folder(tmp_path), made_up.result(first, 48.0, data=other))
     (found,) = from_folder(tmp_path)
     assert any(note.startswith("WARNING: the trials were not tested on the same clips") for note in found.notes)
 
@@ -174,7 +174,7 @@ def test_differences_that_are_equal_in_all_seeds_are_said_to_be_untested(tmp_pat
     for trial in sweep.trials:
         if trial.arm in accuracies:
             top1 = accuracies[trial.arm][trial.seed]
-            files.write_json(trial.folder(tmp_path) / record.RESULT, made_up.result(trial, top1))
+            record.write_result(trial.folder(tmp_path), made_up.result(trial, top1))
     (found,) = from_folder(tmp_path)
     rows = {row.arm: row for row in found.rows}
     assert rows["kernel 1x3x3"].untestable and not rows["kernel 5x3x3"].untestable

@@ -44,6 +44,8 @@ def write_result(trial: Trial, output: Path) -> None:
         "trial_id": trial.id,
         "recipe": flatten(trial.recipe),
         "metrics": {"test_loss": 0.1, "top1": 97.1, "top5": 99.9, "direction_top1": 98.0},
+        "epoch": 3,
+        "data": {},
         "trainable_params": 61_000,
         "macs_per_view": 160_000_000,
         "seconds": 36.5,

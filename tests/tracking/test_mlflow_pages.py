@@ -54,9 +54,9 @@ def output(tmp_path_factory: pytest.TempPathFactory, undisturbed: Path, tiny_rec
 def store(output: Path) -> str:
     """The store that the command in docs/mlflow.md makes of it."""
     (block,) = (block for tested, block in BLOCK.findall((ROOT / "docs" / "mlflow.md").read_text()) if tested)
-    python, *words = shlex.split(block)
-    assert python == "python"
-    done = subprocess.run([sys.executable, *words], cwd=output.parent, capture_output=True, text=True)
+    command, *words = shlex.split(block)
+    assert command == "stadapter"
+    done = subprocess.run([sys.executable, "-m", command, *words], cwd=output.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return f"sqlite:///{output.parent}/mlflow.db"
 

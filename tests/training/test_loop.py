@@ -37,7 +37,7 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     epochs = [{k: v for k, v in line.items() if k not in clock} for line in record.read_metrics(folder)]
     result = record.read_result(folder)
     assert result is not None
-    return [*epochs, result["metrics"]]
+    return [*epochs, result.metrics]
 
 
 def losses(folder: Path) -> list[float]:
@@ -116,12 +116,12 @@ def test_dropout_keeps_the_mean_and_repeats_by_seed_and_step() -> None:
 def test_a_run_folder_says_everything(undisturbed: Path, tiny_recipe: Recipe) -> None:
     result = record.read_result(undisturbed)
     assert result is not None
-    assert result["recipe"] == json.loads((undisturbed / record.CONFIG).read_text()) == config.flatten(tiny_recipe)
-    assert result["trial_id"] == config.identity(tiny_recipe)
-    assert 0 <= result["metrics"]["top1"] <= 100
-    assert result["data"]["test"]["clips"] == 7
-    assert result["trainable_params"] < result["total_params"]
-    assert result["peak_memory_mib"] > 50
+    assert result.recipe == json.loads((undisturbed / record.CONFIG).read_text()) == config.flatten(tiny_recipe)
+    assert result.trial_id == config.identity(tiny_recipe)
+    assert 0 <= result.metrics["top1"] <= 100
+    assert result.data["test"].clips == 7
+    assert result.trainable_params < result.total_params
+    assert result.peak_memory_mib > 50
     assert set(load_file(undisturbed / record.TRAINED)) == set(trainable_parameters(build_model(tiny_recipe)))
     assert [line["epoch"] for line in record.read_metrics(undisturbed)] == [1, 2]
     assert [line["step"] for line in record.read_metrics(undisturbed)] == [4, 8]
@@ -335,8 +335,8 @@ def test_weights_broken_by_the_last_step_are_called_diverged(
     )
     result = train(tiny_recipe, tmp_path, train_options)
     assert all(map(math.isfinite, losses(tmp_path)))
-    assert result["metrics"]["top1"] == 0
-    assert result["diverged"]
+    assert result.metrics["top1"] == 0
+    assert result.diverged
 
 
 def test_label_smoothing_and_dropout_reach_the_loss(

@@ -42,7 +42,7 @@ def numbers(folder: Path) -> tuple[Any, ...]:
     result = record.read_result(folder)
     assert result is not None
     epochs = [{k: v for k, v in line.items() if k not in WALL_TIMES} for line in record.read_metrics(folder)]
-    return result["metrics"], result["diverged"], result["bad_clips"], epochs
+    return result.metrics, result.diverged, result.bad_clips, epochs
 
 
 def stop_after(questions: int) -> Callable[[], bool]:
@@ -64,7 +64,7 @@ def test_a_training_stopped_after_any_step_goes_on_to_bitwise_the_same_end(
     with pytest.raises(Stopped, match=rf"stopped after step {steps} of {STEPS} \(epoch [12] of 2\)"):
         train(tiny_recipe, tmp_path, train_options, **stop_at(steps))
     result = train(tiny_recipe, tmp_path, train_options)
-    assert result["launches"] == 2
+    assert result.launches == 2
     assert_same_outcome(tmp_path, undisturbed)
 
 
@@ -89,8 +89,8 @@ def test_time_adds_up_over_launches(tiny_recipe: Recipe, train_options: TrainOpt
     time.sleep(0.5)  # not spent on it
     result = train(tiny_recipe, tmp_path, train_options)
     whole_s = time.time() - began
-    assert first_s * 0.5 < result["seconds"] < whole_s - 0.4
-    assert result["cpu_seconds"] > 0
+    assert first_s * 0.5 < result.seconds < whole_s - 0.4
+    assert result.cpu_seconds > 0
     for line in record.read_metrics(tmp_path):
         assert 16 / line["clips_per_s"] < whole_s  # the epoch that was interrupted counts both its parts, and no pause
 

@@ -40,6 +40,7 @@ from stadapter.training.token_cache import (
     tokens_shape,
 )
 from stadapter.trials import record
+from stadapter.trials.record import TokensUsed
 from stadapter.trials.status import Entry, Failures
 
 CPU = torch.device("cpu")
@@ -115,10 +116,10 @@ def test_losses_and_weights_are_those_of_a_training_without_it(
         torch.testing.assert_close(weights(tmp_path / "run")[name], expected, rtol=1e-5, atol=1e-5)
     # Every clip is read once: in the second epoch, and in the test of the list that validation has seen, none is.
     assert len(reads) == len(set(reads)) == 16 + 7
-    assert result["trial_id"] == config.identity(fixed)
-    assert record.read_result(plain)["prefix_cache"] is None  # type: ignore[index]
+    assert result.trial_id == config.identity(fixed)
+    assert record.read_result(plain).prefix_cache is None  # type: ignore[index]
     kept = {"train": 16, "val": 7, "test": 7}
-    assert result["prefix_cache"] == {
+    assert dataclasses.asdict(result.prefix_cache) == {
         "blocks": 4, "rows": kept, "rows_at_start": {"train": 0, "val": 0, "test": 7}
     }  # fmt: skip
 
@@ -131,9 +132,9 @@ def test_other_seeds_share_the_rows_and_other_depths_have_their_own(
     reads.clear()
     result = train(config.replace(short, seed=1), tmp_path / "seed", cached)
     assert reads == []
-    assert result["prefix_cache"]["rows_at_start"] == {"train": 16, "val": 7, "test": 7}
+    assert result.prefix_cache.rows_at_start == {"train": 16, "val": 7, "test": 7}
     result = train(config.replace(short, **{"adapter.blocks": (5,)}), tmp_path / "deeper", cached)
-    assert (result["prefix_cache"]["blocks"], len(reads)) == (5, 16 + 7)
+    assert (result.prefix_cache.blocks, len(reads)) == (5, 16 + 7)
     assert len(rows_files(tmp_path)) == 4  # two lists for each depth
 
 
@@ -151,7 +152,7 @@ def test_no_bit_depends_on_which_rows_there_are(fixed: Recipe, cached: TrainOpti
         file.unlink()
     small = TrainOptions(cached.data_root, token_cache_gb=6 * ROW_BYTES / 1e9)
     result = train(fixed, tmp_path / "small", small)
-    assert 2 <= result["prefix_cache"]["rows"]["train"] <= 6
+    assert 2 <= result.prefix_cache.rows["train"] <= 6
     assert sum(file.stat().st_blocks for file in rows_files(tmp_path)) * 512 <= 8 * ROW_BYTES
     assert_bitwise(tmp_path / "small", tmp_path / "cold")
 
@@ -181,10 +182,10 @@ def test_unreadable_clips_are_replaced_and_reported_as_without(
     usual = TrainOptions(tmp_path / "clips", max_bad_share=0.5)
     without = train(fixed, tmp_path / "without", usual)
     result = train(fixed, tmp_path / "with", dataclasses.replace(usual, token_cache_gb=1))
-    assert result["bad_clips"] == without["bad_clips"]
-    assert [result["bad_clips"][split]["clips"] for split in ("train", "test")] == [1, 1]
+    assert result.bad_clips == without.bad_clips
+    assert [result.bad_clips[split].clips for split in ("train", "test")] == [1, 1]
     assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
-    assert result["prefix_cache"]["rows"] == {"train": 15, "val": 6, "test": 6}
+    assert result.prefix_cache.rows == {"train": 15, "val": 6, "test": 6}
 
 
 @pytest.mark.filterwarnings("ignore:the adapter behind the attention of the last block")
@@ -350,8 +351,10 @@ def test_a_plan_takes_no_rate_from_trials_that_read_tokens() -> None:
     device = cpu_name()
     done = made_up.result(trial, 50.0, device=device, processes=1)
     rates = [
-        rate_of([Entry(trial, done | {"prefix_cache": kept}, 4, False, Failures(), None)], trial.recipe, None)[0]
-        for kept in (None, {"blocks": 4})
+        rate_of(
+            [Entry(trial, dataclasses.replace(done, prefix_cache=kept), 4, False, Failures(), None)], trial.recipe, None
+        )[0]
+        for kept in (None, TokensUsed(4, {}, {}))
     ]
     assert rates[0] is not None
     assert rates[1] is None
@@ -359,7 +362,8 @@ def test_a_plan_takes_no_rate_from_trials_that_read_tokens() -> None:
 
 def test_a_table_says_whose_seconds_depend_on_it() -> None:
     sweep = made_up.kernel_sweep(seeds=1)
-    records = [made_up.result(trial, 50.0, prefix_cache=None) for trial in sweep.trials]
-    records[0]["prefix_cache"] = {"blocks": 4}
+    first, *others = sweep.trials
+    records = [made_up.result(first, 50.0, prefix_cache=TokensUsed(4, {}, {}))]
+    records += [made_up.result(trial, 50.0) for trial in others]
     lines = notes(sweep, make_rows(sweep, records), records)
     assert "1 trials read the tokens of their frozen blocks from a cache: their seconds depend on it." in lines

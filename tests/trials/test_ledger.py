@@ -6,9 +6,9 @@ Faults that happen to whole sweeps: tests/faults.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -267,12 +267,10 @@ def test_a_finished_sweep_of_60_trials_is_answered_without_torch_or_ray(tmp_path
     from stadapter.data.lists.formats import load_clips
 
     for trial in sweep.trials:  # made up, but for the clips: those are checked
-        path = trial.folder(tmp_path) / record.RESULT
-        result = json.loads(path.read_text())
-        for split in ("train", "test"):
-            clips = load_clips(replace(trial.recipe, seed=0).data, None, split)
-            result["data"][split] = {"fingerprint": clips.fingerprint(), "clips": len(clips)}
-        files.write_json(path, result)
+        result = record.read_result(trial.folder(tmp_path))
+        lists = {split: load_clips(trial.recipe.data, None, split) for split in ("train", "test")}
+        data = {split: record.ClipsUsed(clips.fingerprint(), len(clips)) for split, clips in lists.items()}
+        record.write_result(trial.folder(tmp_path), dataclasses.replace(result, data=data))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "60 trials, 60 finished before" in done.stdout

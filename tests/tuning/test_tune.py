@@ -75,7 +75,7 @@ def test_a_trial_stopped_early_does_not_look_finished(
         assert (one.epochs == tiny_recipe.optim.epochs) == (one.status == "finished")
     stopped = next(one for one in tried if one.status == "stopped")
     resumed = train(stopped.recipe, folder(stopped, output), TrainOptions(clip_folder))  # what a later sweep does
-    assert resumed["epoch"] == tiny_recipe.optim.epochs
+    assert resumed.epoch == tiny_recipe.optim.epochs
     (folder(stopped, output) / record.RESULT).unlink()
 
 
