@@ -68,7 +68,8 @@ def flags(clips: Path) -> list[str]:
 
 def between_trials_s(clips: Path, output: Path, trials: int, recipe: Recipe) -> list[float]:
     """Seconds between two trials of a sweep that runs one at a time."""
-    from stadapter.cluster.ray_runtime import Cluster, Resources
+    from stadapter.cluster.ray_runtime import Cluster
+    from stadapter.cluster.resources import Resources
     from stadapter.cluster.runner import run_trials
     from stadapter.training.options import TrainOptions
 

@@ -24,7 +24,7 @@ from stadapter.trials.stop import GentleStop
 from stadapter.trials.sweep import DEFAULT_STORE, FIGURE, SWEEP, Sweep, Trial, records
 
 if TYPE_CHECKING:
-    from stadapter.cluster.ray_runtime import Resources
+    from stadapter.cluster.resources import Resources
     from stadapter.tracking.mirror import Mirror
     from stadapter.training.options import TrainOptions
 

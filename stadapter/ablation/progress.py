@@ -12,7 +12,7 @@ from stadapter.trials.record import Record, bad_clips_in_words
 from stadapter.trials.sweep import Sweep, Trial
 
 if TYPE_CHECKING:
-    from stadapter.cluster.ray_runtime import Resources
+    from stadapter.cluster.resources import Resources
 
 
 class Terminal:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from stadapter import config, recipes
 from stadapter.ablation.exit_codes import exit_code_of
 from stadapter.ablation.flags import Values, check_gpu_flags, check_numbers, check_port, make_parser
 from stadapter.ablation.launch import Request, launch
+from stadapter.cluster.join import join_cluster
+from stadapter.cluster.resources import Resources
 from stadapter.config import ConfigError, Recipe
 from stadapter.training.flags import reading_flags, speed_flags
 from stadapter.training.options import GPU_CLIPS_PER_PASS
@@ -29,7 +30,6 @@ from stadapter.trials import record, status
 from stadapter.trials.sweep import SWEEP, Arm, Sweep, Trial, load_sweep, make_sweep, save_sweep
 
 if TYPE_CHECKING:
-    from stadapter.cluster.ray_runtime import Resources
     from stadapter.data.clips import RemoteLoader
     from stadapter.data.lists.clip_list import ClipList
     from stadapter.training.options import TrainOptions
@@ -139,10 +139,6 @@ def _question_of(doc: str) -> tuple[str, str]:
 def _num_gpus(options: argparse.Namespace) -> int:
     """How many GPUs the sweep uses, or a ConfigError where the flags ask for what is not there."""
     if options.address is not None and not options.plan:
-        # Ray's switch for who this machine is to a cluster: 127.0.0.1, or the address at which others reach it.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" if _listens_on_loopback_alone(options.address) else "1"
-        from stadapter.cluster.ray_runtime import join_cluster
-
         there, where = join_cluster(options.address), f"the cluster at {options.address}"
     else:
         import torch
@@ -153,23 +149,6 @@ def _num_gpus(options: argparse.Namespace) -> int:
         raise ConfigError(f"--num-gpus {wanted}: {where} has {there}; --num-gpus 0 runs without")
     check_gpu_flags(options, wanted)
     return wanted
-
-
-def _listens_on_loopback_alone(address: str) -> bool:
-    """Whether the cluster at `address` can be reached from this machine alone, as one of a one-node Slurm job can."""
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
-    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
-        return False
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which address this machine has for others
-            mine = probe.getsockname()[0]
-        socket.create_connection((mine, int(port)), timeout=1).close()
-    except OSError:
-        return True
-    return False
 
 
 def processes_per_trial(options: argparse.Namespace, num_gpus: int, global_batch: int) -> int:
@@ -230,8 +209,6 @@ def _clips(sweep: Sweep, root: str | Path | None, splits: Sequence[str]) -> dict
 
 
 def _resources(options: argparse.Namespace, num_gpus: int) -> Resources:
-    from stadapter.cluster.ray_runtime import Resources
-
     return Resources(
         num_gpus,
         options.gpus_per_trial if num_gpus else options.processes_per_trial or 1,

@@ -7,32 +7,19 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stadapter.cluster.ray_environment import ray
+from stadapter.cluster.resources import Resources
 from stadapter.config import ConfigError
 
 PACKAGE = Path(__file__).parents[1]  # the folder of this package, for the nodes of a cluster
 REACH_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What the sweep may use."""
-
-    num_gpus: int = 0
-    processes_per_trial: int = 1  # data parallel; with GPUs, each process has one
-    cpus_per_process: int = 1
-    trials_per_gpu: int = 1  # small trials that share a GPU; with processes_per_trial 1 only
-    address: str | None = None  # of a running cluster; None: start Ray on this machine
-    dashboard_port: int | None = None
-    decode_on_cluster: bool = False  # a CPU at least stays free of trials
-
-
-def join_cluster(address: str) -> int:
-    """Join the running Ray cluster at `address`; returns how many GPUs it has."""
+def join(address: str) -> int:
+    """Join the running Ray cluster at `address` and return how many GPUs it has. See `cluster.join`."""
     if not ray.is_initialized():
         _check_reachable(address)
         # Its folder, not the module: within a submitted job Ray copies this value, and modules cannot be copied.

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from stadapter.cluster.ray_environment import tune
-from stadapter.cluster.ray_runtime import Cluster, Resources
+from stadapter.cluster.ray_runtime import Cluster
+from stadapter.cluster.resources import Resources
 from stadapter.config import Recipe
 from stadapter.training.loop import ProcessGroup, train
 from stadapter.training.options import TrainOptions

@@ -26,10 +26,23 @@ DEFAULT_STORE = "sqlite:///mlflow.db"
 
 @dataclass(frozen=True)
 class Arm:
-    """One value of the ablated factor: how a table calls it, and the fields it changes, by dotted path."""
+    """One value of the ablated factor: its label in tables, the fields it changes, and its place in a figure.
+
+    `fields` are keyed by dotted path. An arm with an `x` lies on the sweep's axis; arms of one `series` are connected.
+    """
 
     label: str
     fields: dict[str, Any]
+    x: float | None = None
+    series: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The axis along which a sweep's arms lie, as a figure labels it."""
+
+    label: str
+    is_log: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Sweep:
     arms: tuple[Arm, ...]
     trials: tuple[Trial, ...]
     expected: str = ""  # what the paper says, or what the script predicts: shown beside what came out
+    axis: Axis | None = None  # None: the arms are listed by name
 
     def folder(self, output: Path) -> Path:
         """`kernel-embedded`; with a hash where fields of the recipe were changed, so that no table replaces another."""
@@ -75,7 +89,15 @@ class Sweep:
         return output / "sweeps" / label
 
 
-def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], seeds: int, expected: str = "") -> Sweep:
+def make_sweep(
+    name: str,
+    question: str,
+    recipe: Recipe,
+    arms: Sequence[Arm],
+    seeds: int,
+    expected: str = "",
+    axis: Axis | None = None,
+) -> Sweep:
     """Every arm with seeds 0 ... seeds - 1, seeds innermost. ConfigError where two arms are the same training."""
     for what, text in (("sweep", name), ("recipe", recipe.name)):
         if not re.fullmatch(r"\w[\w.+-]*", text):
@@ -91,7 +113,7 @@ def make_sweep(name: str, question: str, recipe: Recipe, arms: Sequence[Arm], se
                 raise ConfigError(f"arms '{seen[trial.id]}' and '{arm.label}' are the same training; leave one out")
             seen[trial.id] = arm.label
             trials.append(trial)
-    return Sweep(name, question, recipe, tuple(arms), tuple(trials), expected)
+    return Sweep(name, question, recipe, tuple(arms), tuple(trials), expected, axis)
 
 
 def records(sweep: Sweep, output: Path) -> list[Record | None]:

@@ -114,7 +114,8 @@ def _search(
     num_gpus = there if options.num_gpus is None else options.num_gpus
     if not 0 <= num_gpus <= there:
         raise ConfigError(f"--num-gpus {num_gpus}: this machine has {there}")
-    from stadapter.cluster.ray_runtime import Cluster, Resources
+    from stadapter.cluster.ray_runtime import Cluster
+    from stadapter.cluster.resources import Resources
     from stadapter.tuning.search import search
 
     cpus = max(1, (os.cpu_count() or 1) // num_gpus) if num_gpus else 1

@@ -8,7 +8,8 @@ import torch
 
 from stadapter import config, recipes
 from stadapter.ablation import flags, script
-from stadapter.cluster.ray_runtime import Cluster, Resources
+from stadapter.cluster.ray_runtime import Cluster
+from stadapter.cluster.resources import Resources
 from stadapter.model.build import build_model, cast_frozen
 from stadapter.model.state import trainable_parameters
 

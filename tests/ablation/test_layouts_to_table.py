@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from stadapter.cluster.ray_runtime import Cluster, Resources
+from stadapter.cluster.ray_runtime import Cluster
+from stadapter.cluster.resources import Resources
 from stadapter.trials import record
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "ablate_kernel.py"

@@ -20,7 +20,8 @@ import ray
 
 from stadapter import config, recipes
 from stadapter.ablation import main
-from stadapter.cluster.ray_runtime import Cluster, Resources
+from stadapter.cluster.ray_runtime import Cluster
+from stadapter.cluster.resources import Resources
 from stadapter.cluster.runner import run_trials
 from stadapter.config import Recipe
 from stadapter.training.loop import train

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from stadapter import config, recipes
-from stadapter.cluster.ray_runtime import Cluster, Resources
+from stadapter.cluster.ray_runtime import Cluster
+from stadapter.cluster.resources import Resources
 from stadapter.commands.main import main
 from stadapter.config import Recipe
 from stadapter.training.loop import train
