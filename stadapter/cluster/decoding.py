@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import ray.data
 import torch
-from torch.utils.data import default_collate
 
 from stadapter.cluster.ray_environment import ray
-from stadapter.data.clips import ClipDataset
+from stadapter.data.clips import ClipDataset, collate
 
 _BATCHES_PER_RUN = 1000  # Ray Data wants all keys of a run at its start
 _HELD_BATCHES = 4  # made but not yet used, besides those that Ray holds in its object store
@@ -60,7 +59,7 @@ def _make_batch(token: str, reference: Any, keys: bytes) -> bytes:
     """A batch, or the exception that came instead of it, pickled. (Ray would run a task that fails again and again.)"""
     try:
         dataset = _dataset(token, reference)
-        batch = default_collate([dataset[key] for key in pickle.loads(keys)])
+        batch = collate([dataset[key] for key in pickle.loads(keys)])
     except Exception as error:
         return pickle.dumps(error)
     arrays = {name: v.numpy() if isinstance(v, torch.Tensor) else v for name, v in batch.items()}

@@ -14,7 +14,7 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,21 +22,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from stadapter.config import ConfigError, DataConfig
+from stadapter.data.bad_clips import BadClip
+from stadapter.data.cache.tokens import Rows
 from stadapter.data.lists import storage
-from stadapter.data.lists.formats import ClipList
+from stadapter.data.lists.clip_list import ClipList
 from stadapter.data.reader import Reading, Sampling, read_frames
 from stadapter.data.sampling import dense_indices, uniform_indices
 from stadapter.data.transforms import check_transforms, pixel_dtype, test_views, train_pixels
 from stadapter.data.video.decoding import ClipError
-
-if TYPE_CHECKING:
-    from stadapter.data.cache.tokens import Rows  # above this room: handed down
 
 TrainKey = tuple[int, int, int]  # showing (epoch * repeats + repeat), index of the clip, position in the global batch
 
 # Random streams of one seed: the order of clips, and everything drawn for one clip.
 _ORDER, _CLIP = 0, 1
 _MAX_REPLACEMENTS = 10
+_SOME_HAVE = ("pixels", "tokens", "row", "stamp")  # parts of an item that others of its batch may lack
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
@@ -44,12 +44,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     Training items, asked for by (showing, index) or (showing, index, position): pixels [T, 3, S, S].
     Testing items, asked for by index: pixels [V, T, 3, S, S]. Pixels are uint8, or float32 for `exact` resizing.
-    Both: label int64 [] (or [2]: verb and noun), index int64 [], bad bool [], reason str, and position int64 [] where
-    it was given. A showing is an epoch, or with repeated augmentation one of its views of each clip.
+    Both: label int64 [] (or [2]: verb and noun), index int64 [], bad bool [], bad_clips tuple[BadClip, ...], and
+    position int64 [] where it was given. A showing is an epoch, or with repeated augmentation one of its views of each
+    clip.
 
     A clip that cannot be read is tried twice and then marked `bad`. In training the next readable clip stands in for
-    it, with its own label; in testing its pixels are zeros, and it must be counted as wrong. `reason` then has a line
-    "index<tab>path: why" for each clip that could not be read, and is empty otherwise.
+    it, with its own label; in testing its pixels are zeros, and it must be counted as wrong. `bad_clips` names each
+    clip that could not be read on the way to this item.
 
     With `rows` (`stadapter.data.cache.tokens.Rows`), a clip whose row is there has tokens [T, S, D] in place of pixels,
     and is not read. Of the others, `row` int64 [] is where the tokens of these pixels belong, with the `stamp` int64 []
@@ -101,7 +102,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             shown = {"pixels": torch.zeros(shape, dtype=pixel_dtype(c))}
             if self.rows is not None:
                 shown |= {"row": torch.tensor(key), "stamp": torch.tensor(-1)}
-            return self._item(key, shown, key, [_reason(key, error)])
+            return self._item(key, shown, key, [BadClip.of(key, error)])
 
     def _shown(self, index: int, read: Callable[..., Tensor], *key: int) -> dict[str, Tensor]:
         """A clip's pixels, or its tokens where they are kept. ClipError."""
@@ -113,24 +114,24 @@ class ClipDataset(Dataset[dict[str, Any]]):
             return {"tokens": tokens}
         return {"pixels": _twice(read, *key), "row": torch.tensor(index), "stamp": torch.tensor(stamp)}
 
-    def _item(self, index: int, shown: dict[str, Tensor], source: int, reasons: list[str]) -> dict[str, Any]:
+    def _item(self, index: int, shown: dict[str, Tensor], source: int, bad_clips: list[BadClip]) -> dict[str, Any]:
         return {
             **shown,
             "label": self._labels[source].clone(),
             "index": torch.tensor(index),
-            "bad": torch.tensor(bool(reasons)),
-            "reason": "\n".join(reasons),
+            "bad": torch.tensor(bool(bad_clips)),
+            "bad_clips": tuple(bad_clips),
         }
 
     def _train_item(self, showing: int, index: int) -> dict[str, Any]:
         """A clip, or the first readable one after it."""
-        reasons: list[str] = []
+        bad_clips: list[BadClip] = []
         for offset in range(min(_MAX_REPLACEMENTS + 1, len(self))):
             source = (index + offset) % len(self)
             try:
-                return self._item(index, self._shown(source, self._train_pixels, showing, source), source, reasons)
+                return self._item(index, self._shown(source, self._train_pixels, showing, source), source, bad_clips)
             except ClipError as error:
-                reasons.append(_reason(source, error))
+                bad_clips.append(BadClip.of(source, error))
                 last = error
         raise ClipError(f"{self.path(index)}: it and the {offset} clips after it cannot be read; the last one: {last}")
 
@@ -169,10 +170,6 @@ class ClipDataset(Dataset[dict[str, Any]]):
         ]
 
 
-def _reason(index: int, error: ClipError) -> str:
-    return f"{index}\t{' '.join(str(error).split())}"
-
-
 def _twice(read: Callable[..., Tensor], *key: int) -> Tensor:
     try:
         return read(*key)
@@ -180,15 +177,21 @@ def _twice(read: Callable[..., Tensor], *key: int) -> Tensor:
         return read(*key)
 
 
-def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of items with `rows`: `cached` bool [B], tokens of those that have them, pixels of the others."""
-    partial = ("tokens", "pixels", "row", "stamp")
-    batch = default_collate([{name: v for name, v in item.items() if name not in partial} for item in items])
-    batch["cached"] = torch.tensor(["tokens" in item for item in items])
-    for name in partial:
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a batch of a `ClipDataset`'s items: tensors with a first dimension of B, and one list of all `bad_clips`.
+
+    Of a data set with `rows`, also `cached` bool [B]: tokens are those of the items that have them, in their order, and
+    pixels, row and stamp those of the others.
+    """
+    bad_clips = [bad for item in items for bad in item["bad_clips"]]
+    apart = {"bad_clips", *_SOME_HAVE}
+    batch = default_collate([{name: v for name, v in item.items() if name not in apart} for item in items])
+    for name in _SOME_HAVE:
         if found := [item[name] for item in items if name in item]:
             batch[name] = default_collate(found)
-    return batch
+    if any("tokens" in item or "row" in item for item in items):
+        batch["cached"] = torch.tensor(["tokens" in item for item in items])
+    return batch | {"bad_clips": bad_clips}
 
 
 def steps_per_epoch(num_clips: int, global_batch: int, repeats: int = 1) -> int:
@@ -269,7 +272,7 @@ def train_loader(
     remote_loader: RemoteLoader | None = None,
 ) -> Iterable[dict[str, Any]]:
     """This process's micro-batches for the steps, in order: pixels [B, T, 3, S, S], label, index, position int64 [B]
-    (the position in the global batch), bad bool [B], reason a list of B strings."""
+    (the position in the global batch), bad bool [B], bad_clips a list of those that could not be read."""
     batches = GlobalBatches(
         len(dataset),
         global_batch,
@@ -282,7 +285,7 @@ def train_loader(
     )
     if remote_loader is not None:
         return remote_loader(dataset, batches)
-    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_loading(dataset, num_workers))
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_loading(num_workers))
 
 
 def test_loader(
@@ -296,31 +299,24 @@ def test_loader(
     remote_loader: RemoteLoader | None = None,
 ) -> Iterable[dict[str, Any]]:
     """This process's share of the clips, every `world`-th one, none twice: pixels [B, V, T, 3, S, S], label and index
-    int64 [B], bad bool [B], reason a list of B strings. The last batch may be smaller, and a share may be empty."""
+    int64 [B], bad bool [B], bad_clips a list of those that could not be read. The last batch may be smaller, and a
+    share may be empty."""
     share = range(rank, len(dataset), world_size)
     batches = [list(share[start : start + batch]) for start in range(0, len(share), batch)]
     if remote_loader is not None:
         return remote_loader(dataset, batches)
-    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_loading(dataset, num_workers))
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **_loading(num_workers))
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
 
 
-def _loading(dataset: ClipDataset, num_workers: int) -> dict[str, Any]:
-    return {"collate_fn": None if dataset.rows is None else _collate, **_workers(num_workers)}
-
-
-def _workers(num_workers: int) -> dict[str, Any]:
-    # A loader without a generator of its own draws a number from torch's global one: loading must not shift the model's
-    # random numbers.
+def _loading(num_workers: int) -> dict[str, Any]:
+    # A loader without a generator draws a number from torch's global one: loading must not shift the model's random
+    # numbers.
+    loading = {"collate_fn": collate, "num_workers": num_workers, "generator": torch.Generator()}
     if num_workers == 0:
-        return {"num_workers": 0, "generator": torch.Generator()}
+        return loading
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
-    return {
-        "num_workers": num_workers,
-        "multiprocessing_context": context,
-        "persistent_workers": True,
-        "generator": torch.Generator(),
-    }
+    return {**loading, "multiprocessing_context": context, "persistent_workers": True}

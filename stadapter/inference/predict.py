@@ -73,8 +73,9 @@ def predict(
             logits_BVK = model(pixels.flatten(0, 1)).float().unflatten(0, pixels.shape[:2])
         parts = logits_BVK.split(data.label_groups or (data.num_classes,), dim=-1)
         prob_BK = torch.cat([mean_probability(part) for part in parts], dim=-1).cpu()
-        for index, bad, reason, prob_K in zip(batch["index"], batch["bad"], batch["reason"], prob_BK, strict=True):
-            yield videos[index], reason.partition("\t")[2] if bad else prob_K
+        reasons = {bad.index: bad.reason for bad in batch["bad_clips"]}
+        for index, prob_K in zip(batch["index"].tolist(), prob_BK, strict=True):
+            yield videos[index], reasons.get(index, prob_K)
 
 
 def top_classes(

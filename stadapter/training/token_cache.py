@@ -31,8 +31,9 @@ from torch import Tensor
 
 from stadapter.config import RESULTS_VERSION, ConfigError, DataConfig, Recipe
 from stadapter.data.cache.frames import decode_settings
-from stadapter.data.cache.quota import GB, Room, cache_folder
-from stadapter.data.cache.tokens import _MAGIC, FLAG, Rows
+from stadapter.data.cache.quota import GB, Quota
+from stadapter.data.cache.tokens import FLAG, MAGIC, Rows
+from stadapter.data.lists.bounded_folder import cache_folder
 from stadapter.data.lists.clip_list import ClipList
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.cost import meta_model
@@ -95,7 +96,7 @@ class TokenCache:
             is_train = clips.split == "train"  # other lists may name the same clips: they share their rows
             text = json.dumps([self.key, clips.root, clips.fingerprint(), is_train], sort_keys=True)
             folder = cache_folder("prefix") / hashlib.sha256(text.encode()).hexdigest()[:16]
-            rows = Rows(Room(folder, self.limit_bytes, FLAG), len(clips), self.shape)
+            rows = Rows(Quota(folder, self.limit_bytes, FLAG), len(clips), self.shape)
             self.rows[clips.split], self.found[clips.split] = rows, rows.count()
         return self.rows[clips.split]
 
@@ -130,7 +131,7 @@ def open_token_cache(
     if not (blocks := model.frozen_blocks()):
         return None
     key = {
-        "format": _MAGIC.hex(),
+        "format": MAGIC.hex(),
         "versions": [RESULTS_VERSION, torch.__version__, __version__],
         "weights": _digest(model, blocks),
         "blocks": blocks,

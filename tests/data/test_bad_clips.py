@@ -191,7 +191,9 @@ SETTINGS = DataConfig("list", 3, num_frames=4, frame_size=32)
 def test_a_clip_that_hangs_is_given_up_and_replaced(one_clip: ClipList, hanging: list[str]) -> None:
     item = ClipDataset(one_clip, SETTINGS, 0, True, Reading(time_limit_s=0.2))[0, 1]
     assert (int(item["label"]), bool(item["bad"])) == (2, True)
-    assert "b.mp4: was given up: reading it took longer than 0.2 s" in item["reason"]
+    (bad,) = item["bad_clips"]
+    assert bad.index == 1
+    assert "b.mp4: was given up: reading it took longer than 0.2 s" in bad.reason
     assert hanging == ["b.mp4", "b.mp4", "c.mp4"]
 
 
@@ -214,7 +216,8 @@ def test_a_file_that_never_ends_is_given_up_in_a_loader_worker(one_clip: ClipLis
     reading = Reading(time_limit_s=1, local_copies=LocalCopies(tmp_path / "spill", 10**9))
     batches = list(train_loader(ClipDataset(clips, SETTINGS, 0, True, reading), 3, steps=range(1), num_workers=1))
     assert sorted(batches[0]["label"].tolist()) == [0, 2, 2]
-    assert "b.mp4: was given up" in "".join(batches[0]["reason"])
+    (bad,) = batches[0]["bad_clips"]
+    assert bad.index == 1 and "b.mp4: was given up" in bad.reason
 
 
 # --- a decoder that crashes
@@ -251,10 +254,10 @@ def crashing_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 def test_a_decoder_that_crashes_or_hangs_costs_its_clip_only(one_clip: ClipList, crashing_decord: None) -> None:
     dataset = ClipDataset(one_clip, SETTINGS, 0, False, Reading("decord", time_limit_s=4))
-    reasons = [dataset[index]["reason"] for index in (0, 1, 2, 0)]
-    assert reasons[0] == reasons[3] == ""
-    assert "b.mp4: decord crashed on it" in reasons[1]
-    assert "c.mp4: was given up" in reasons[2]
+    bad = [dataset[index]["bad_clips"] for index in (0, 1, 2, 0)]
+    assert [[clip.index for clip in clips] for clips in bad] == [[], [1], [2], []]
+    assert "b.mp4: decord crashed on it" in bad[1][0].reason
+    assert "c.mp4: was given up" in bad[2][0].reason
 
 
 @pytest.mark.parametrize("indices", [[3, 0], lambda total: [total - 1]])

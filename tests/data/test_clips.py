@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 from videos import write_grey
 
 from stadapter.config import ConfigError, DataConfig
 from stadapter.data import clips as clips_module
 from stadapter.data import reader as reading_module
+from stadapter.data.bad_clips import BadClip
 from stadapter.data.clips import ClipDataset, GlobalBatches, epoch_order, steps_per_epoch, train_loader
 from stadapter.data.lists.formats import ClipList
 from stadapter.data.reader import Reading
@@ -190,10 +192,24 @@ def test_a_bad_clip_in_testing_is_zeros_and_says_so(damaged: ClipList) -> None:
     assert [int(item[name]) for name in ("label", "index", "bad")] == [3, 3, 1]
 
 
-def test_bad_clips_are_flagged_through_loader_workers(damaged: ClipList) -> None:
+def test_bad_clips_are_flagged_and_named_through_loader_workers(damaged: ClipList) -> None:
     dataset = ClipDataset(damaged, CONFIG, SEED, train=False)
-    batches = clips_module.test_loader(dataset, 4, num_workers=2)
+    batches = list(clips_module.test_loader(dataset, 4, num_workers=2))
     assert [int(i) for batch in batches for i in batch["index"][batch["bad"]]] == [3, 4]
+    why = "the file is empty (zero bytes)"
+    expected = [BadClip(index, f"{damaged.root}/{index}.mp4: {why}") for index in (3, 4)]
+    assert [bad for batch in batches for bad in batch["bad_clips"]] == expected
+
+
+def test_every_clip_that_a_replacement_steps_over_is_named(damaged: ClipList) -> None:
+    dataset = ClipDataset(damaged, CONFIG, SEED, train=True)
+    batch = clips_module.collate([dataset[1, 2], dataset[1, 3], dataset[1, 4]])
+    assert [bad.index for bad in batch["bad_clips"]] == [3, 4, 4]
+
+
+def test_bad_clips_survive_pinned_memory() -> None:
+    batch = {"bad_clips": [BadClip(3, "a.mp4: is empty")]}
+    assert pin_memory(batch) == batch
 
 
 def test_a_clip_that_reads_at_the_second_attempt_is_good(clips: ClipList, monkeypatch: pytest.MonkeyPatch) -> None:

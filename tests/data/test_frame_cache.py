@@ -20,7 +20,8 @@ from videos import decode_all, scene, write_video
 from stadapter.config import ConfigError, DataConfig, Recipe, replace
 from stadapter.data.cache.disk_need import DiskNeed, describe, disk_need
 from stadapter.data.cache.frames import ClipCache, decode_settings, open_cache
-from stadapter.data.cache.quota import BLOCK, GB, disk_bytes
+from stadapter.data.cache.quota import GB, disk_bytes
+from stadapter.data.cache.row_file import BLOCK
 from stadapter.data.clips import ClipDataset, train_loader
 from stadapter.data.lists import storage
 from stadapter.data.lists.formats import ClipList
@@ -154,14 +155,15 @@ def test_an_address_has_one_place_wherever_a_process_works(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("content", [b"", b"stacl", bytes(5000)])
-def test_a_file_that_is_no_cached_clip_is_passed_over(
-    make: Callable[..., ClipCache], video: Path, content: bytes
-) -> None:
+def test_a_file_that_is_no_cached_clip_is_replaced(make: Callable[..., ClipCache], video: Path, content: bytes) -> None:
     cache = make()
     cache.read(video, [2], decode)
     (file,) = (path for path in cache.clips.glob("*/*") if path.is_file())
     file.write_bytes(content)
     np.testing.assert_array_equal(cache.read(video, [2], decode), decode_all(video)[[2]])
+    decoder = Decoder()
+    np.testing.assert_array_equal(cache.read(video, [2], decoder), decode_all(video)[[2]])
+    assert not decoder.asked
 
 
 def test_a_full_cache_stays_within_its_limit_and_changes_no_frame(make: Callable[..., ClipCache], video: Path) -> None:
@@ -178,7 +180,7 @@ def test_a_full_cache_stays_within_its_limit_and_changes_no_frame(make: Callable
 def test_a_new_data_set_takes_the_room_of_an_old_one(make: Callable[..., ClipCache], video: Path) -> None:
     old = make(100_000)
     old.read(video, range(6), decode)
-    old.room._protection.close()  # type: ignore[union-attr]  # as when its process ends
+    old.quota._protection.close()  # type: ignore[union-attr]  # as when its process ends
     new = make(60_000, root=Path("/elsewhere"))
     assert new.used_bytes() < 10_000
     assert not old.clips.exists()
@@ -202,7 +204,8 @@ def test_a_disk_without_room_costs_nothing_but_speed(
     cache = make()
     monkeypatch.setattr(os, "pwrite", full)
     for _ in range(2):
-        np.testing.assert_array_equal(cache.read(video, [1], decode), decode_all(video)[[1]])
+        with pytest.warns(UserWarning, match=r"--cache-gb: no more is kept in .*: No space left on device"):
+            np.testing.assert_array_equal(cache.read(video, [1], decode), decode_all(video)[[1]])
 
 
 def test_what_cannot_be_decoded_is_not_cached(make: Callable[..., ClipCache], tmp_path: Path) -> None:

@@ -89,8 +89,10 @@ def test_a_file_that_is_not_there_is_a_bad_clip(bucket: fsspec.AbstractFileSyste
     bucket.pipe("/bucket/a.mp4", b"not a video")
     clips = load_clips(DataConfig("list", 2), "memory://bucket", "train")
     dataset = ClipDataset(clips, DataConfig("list", 2), 0, train=False, reading=Reading(local_copies=local_copies))
-    assert "memory://bucket/a.mp4: is not a video" in dataset[0]["reason"]
-    assert "memory://bucket/b.mp4: cannot be read" in dataset[1]["reason"]
+    (first,), (second,) = (dataset[index]["bad_clips"] for index in (0, 1))
+    assert (first.index, second.index) == (0, 1)
+    assert "memory://bucket/a.mp4: is not a video" in first.reason
+    assert "memory://bucket/b.mp4: cannot be read" in second.reason
 
 
 def test_remote_clips_give_the_pixels_of_local_ones(

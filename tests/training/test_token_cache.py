@@ -19,7 +19,7 @@ from stadapter.ablation.plan import rate_of
 from stadapter.commands.main import main as command
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data import clips as clips_module
-from stadapter.data.cache.quota import Room
+from stadapter.data.cache.quota import Quota
 from stadapter.data.cache.tokens import Rows
 from stadapter.data.lists.clip_list import Split
 from stadapter.data.lists.formats import load_clips
@@ -253,7 +253,7 @@ def test_other_weights_pixels_clips_and_precisions_have_other_rows(
 def test_a_row_is_of_one_file_as_it_was(tmp_path: Path) -> None:
     clip = tmp_path / "a.mp4"
     clip.write_bytes(b"one")
-    rows = Rows(Room(tmp_path / "cache" / "own", 10**6, "--cache-prefix"), 3, (2, 3, 4))
+    rows = Rows(Quota(tmp_path / "cache" / "own", 10**6, "--cache-prefix"), 3, (2, 3, 4))
     tokens = torch.randn(2, 3, 4)
     before = rows.stamp(str(clip))
     rows.write(1, before, tokens)
@@ -268,7 +268,7 @@ def test_a_row_is_of_one_file_as_it_was(tmp_path: Path) -> None:
 
 
 def test_rows_keep_the_type_that_the_forward_gives(tmp_path: Path) -> None:
-    rows = Rows(Room(tmp_path / "own", 10**6, "--cache-prefix"), 2, (2, 3, 4))
+    rows = Rows(Quota(tmp_path / "own", 10**6, "--cache-prefix"), 2, (2, 3, 4))
     tokens = torch.randn(2, 3, 4).to(torch.bfloat16)
     rows.write(0, 7, tokens)
     assert torch.equal(rows.read(0, 7), tokens)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ import numpy as np
 
 from stadapter.config import DataConfig
 from stadapter.data.cache.frames import default_folder
-from stadapter.data.cache.quota import BLOCK, GB
+from stadapter.data.cache.quota import GB
+from stadapter.data.cache.row_file import BLOCK
 from stadapter.data.lists import storage
 from stadapter.data.lists.clip_list import ClipList, split_segment
 from stadapter.data.video.decoding import ClipError, count_frames, frame_size, reduced_size

@@ -1,8 +1,9 @@
-"""Room for a cache: a folder beside others that together hold at most so many bytes of this node's disk.
+"""A limit on the disk that a cache's folders take together.
 
-What is full stays as it is: a sweep walks through its clips again and again, and replacing the clips used longest ago
-would replace each just before its turn. Room is made only at a start, by removing what other data sets or settings left
-behind. The folders must lie on a local file system (locks, sparse files, memory mapping).
+A full cache stays as it is: a sweep walks through its clips again and again, and replacing the clips used longest ago
+would replace each just before its turn. (Local copies of remote files, which are written once and mostly read once, do
+make way for each other: `data.lists.storage`.) Only at a start are the folders removed that other data sets or settings
+left behind. Folders must lie on a local file system (locks).
 """
 
 from __future__ import annotations
@@ -12,87 +13,87 @@ import fcntl
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from stadapter.config import ConfigError
+from stadapter.data.lists.bounded_folder import Entry, remove_least_recently_used
 
 GB = 10**9
-BLOCK = 4096
+_FULL = 0.9  # share of the limit above which a start removes other folders
 _USED, _LOCK = "used-bytes", ".lock"
 
 
-def cache_folder(kind: str) -> Path:
-    """$STADAPTER_CACHE/kind, or ~/.cache/stadapter/kind."""
-    return Path(os.environ.get("STADAPTER_CACHE") or Path.home() / ".cache" / "stadapter") / kind
+class Quota:
+    """The bytes that `folder` and the folders beside it may take in all.
 
-
-class Room:
-    """`own` and the folders beside it hold at most `limit_bytes` in all.
-
-    Picklable: loader workers share it by its folder. The process that makes it protects `own` from removal by others
-    for as long as it lives.
+    Picklable: loader workers share it by its folder. The process that makes it protects `folder` from removal by other
+    processes for as long as it lives.
     """
 
-    def __init__(self, own: Path, limit_bytes: int, flag: str) -> None:
-        """ConfigError, which names the `flag`, where the folder cannot be written."""
-        self.own, self.limit_bytes = own, limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int, flag: str) -> None:
+        """Raises ConfigError, naming the `flag`, if the folder cannot be written."""
+        self.folder, self.limit_bytes, self.flag = folder, limit_bytes, flag
         self._protection: IO[bytes] | None = None
         try:
-            self.own.mkdir(parents=True, exist_ok=True)
-            self._protection = open(self.own / _LOCK, "ab")  # noqa: SIM115  # held until this process ends
+            folder.mkdir(parents=True, exist_ok=True)
+            self._protection = open(folder / _LOCK, "ab")  # noqa: SIM115  # held until this process ends
         except OSError as error:
             raise ConfigError(
-                f"{flag}: {own.parent} cannot be written ({error.strerror}); set STADAPTER_CACHE to a local folder"
+                f"{flag}: {folder.parent} cannot be written ({error.strerror}); set STADAPTER_CACHE to a local folder"
             ) from None
         fcntl.flock(self._protection, fcntl.LOCK_SH)
-        os.utime(self.own)
-        self._make_room()
+        os.utime(folder)
+        self._remove_others()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_protection": None}
 
-    def take(self, size: int) -> bool:
-        """Count so many bytes as used, if there is room for them."""
+    def take(self, num_bytes: int) -> bool:
+        """Count the bytes as used and return True, or return False if they are above the limit."""
         with self._count() as count:
-            if count[0] + size > self.limit_bytes:
+            if count[0] + num_bytes > self.limit_bytes:
                 return False
-            count[0] += size
+            count[0] += num_bytes
             return True
 
     def used_bytes(self) -> int:
-        """Of all folders, by their running count; exact after the start of a process that is alone."""
+        """Return the running count for all folders, which is exact after the start of a process that is alone."""
         with self._count() as count:
             return count[0]
 
+    def warn(self, error: OSError) -> None:
+        """Say that a full or broken disk keeps no more. Nothing is lost but speed, so nothing is raised."""
+        # Without the name of the file: equal warnings are shown once.
+        warnings.warn(f"{self.flag}: no more is kept in {self.folder}: {error.strerror or error}", stacklevel=3)
+
     @contextlib.contextmanager
     def _count(self) -> Iterator[list[int]]:
-        """[bytes used], for this process alone; what it is changed to is kept."""
-        with open(self.own.parent / _USED, "a+b") as file:
+        """Yield [bytes used], locked for this process; a changed count is stored."""
+        with open(self.folder.parent / _USED, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            text = file.read()
-            count = [int(text or 0)]
+            count = [int(file.read() or 0)]
             before = count[0]
             yield count
             if count[0] != before:
                 file.truncate(0)
                 file.write(str(count[0]).encode())
 
-    def _make_room(self) -> None:
-        """Count what is there; above nine tenths of the limit, remove other folders, those used longest ago first."""
+    def _remove_others(self) -> None:
+        """Count all folders; if they nearly fill the limit, remove others, those used longest ago first."""
         with self._count() as count:
-            sizes = {folder: disk_bytes(folder) for folder in self.own.parent.iterdir() if folder.is_dir()}
-            others = sorted((folder for folder in sizes if folder != self.own), key=lambda f: f.stat().st_mtime)
-            for folder in others:
-                if sum(sizes.values()) > 0.9 * self.limit_bytes and _remove_unused(folder):
-                    del sizes[folder]
-            count[0] = sum(sizes.values())
+            folders = [folder for folder in self.folder.parent.iterdir() if folder.is_dir()]
+            entries = [Entry(folder, disk_bytes(folder), folder.stat().st_mtime) for folder in folders]
+            count[0] = remove_least_recently_used(
+                entries, _FULL * self.limit_bytes, lambda folder: folder != self.folder and _remove_unused(folder)
+            )
 
 
 def disk_bytes(folder: Path) -> int:
-    """What the folder takes on the disk: holes in sparse files take nothing."""
+    """Return the bytes that a folder takes on the disk, where holes in sparse files take none."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -102,7 +103,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def _remove_unused(folder: Path) -> bool:
-    """Remove another cache's folder unless a running process uses it."""
+    """Remove a folder and return True, or return False if a running process uses it."""
     with contextlib.suppress(OSError), open(folder / _LOCK, "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         doomed = folder.with_name(f".removed-{folder.name}-{time.time_ns()}")

@@ -1,51 +1,44 @@
-"""Tokens of the clips of one list, kept on this node's disk in one sparse file, a row for each clip."""
+"""Tokens of the clips of one list on this node's disk: a row file with a row [T, S, D] for each clip.
+
+The CRC of a row starts from the stamp of its clip's file: once the file has changed, its row counts as missing.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
 import struct
-import threading
-import warnings
 import zlib
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stadapter.data.cache.frames import file_identity
-from stadapter.data.cache.quota import BLOCK, Room
+from stadapter.data.cache.quota import Quota
+from stadapter.data.cache.row_file import BLOCK, Layout, RowFile, create, open_rows, write_rows
 from stadapter.data.lists.clip_list import split_segment
 
 FLAG = "--cache-prefix"
-
-
-_HEADER = struct.Struct("<8sQQQQ16s")
-
-
-_MAGIC = b"stapre\x00\x01"  # the last byte counts the format's versions
+MAGIC = b"stapre\x00\x01"  # the last byte counts the format's versions
+_HEADER = struct.Struct("<8sQQQQ16s")  # magic, rows, T, S, D, name of the type
 
 
 class Rows:
     """The tokens of the clips of one list, each under its index in the list; `shape` is (T, S, D).
 
-    Picklable, and protected from removal by others, as its `Room` is.
+    Picklable, and protected from removal by other processes, as its `Quota` is.
     """
 
-    def __init__(self, room: Room, num_clips: int, shape: tuple[int, int, int]) -> None:
-        self.room, self.num_clips, self.shape = room, num_clips, shape
-        self.file = room.own / "rows"
-        self._content: mmap.mmap | None = None
-        self._dtype = torch.float32
+    def __init__(self, quota: Quota, num_clips: int, shape: tuple[int, int, int]) -> None:
+        self.quota, self.num_clips, self.shape = quota, num_clips, shape
+        self.file = quota.folder / "rows"
+        self._rows: RowFile | None = None
         self._is_full = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_content": None}
+        return {**self.__dict__, "_rows": None}
 
     def stamp(self, path: str) -> int:
-        """A number that changes with the clip's file; -1 where there is no such file."""
+        """Return a number that changes with the clip's file, or -1 if there is no such file."""
         try:
             identity = file_identity(split_segment(path)[0])
         except OSError:
@@ -53,83 +46,55 @@ class Rows:
         return zlib.crc32(f"{identity}/{path}".encode("utf-8", "surrogateescape"))
 
     def read(self, index: int, stamp: int) -> Tensor | None:
-        """[T, S, D], or None where the row is missing or not as it was written."""
-        if (content := self._open()) is None or not (mark := self._mark(content, index)):
+        """Return tokens [T, S, D], or None if the row is missing, damaged or of another stamp."""
+        if (rows := self._open()) is None or (row := rows.read(index, stamp)) is None:
             return None
-        size = self._row_bytes(self._dtype)
-        row = np.frombuffer(content, np.uint8, size, _marks_end(self.num_clips) + index * size).copy()
-        if mark != _mark(row, stamp):
-            return None
-        return torch.from_numpy(row).view(self._dtype).view(self.shape)
+        return torch.from_numpy(row).view(_dtype(rows.layout)).view(self.shape)
 
     def write(self, index: int, stamp: int, tokens_TSD: Tensor) -> None:
-        """Keep a row if there is room; a disk that is full or broken leaves it out, with a warning."""
+        """Keep a row if the quota allows; a full or broken disk leaves it out, with a warning."""
         if self._is_full:
             return
         tokens = tokens_TSD.contiguous().cpu()
+        layout = self._layout(tokens.dtype)
         try:
-            if (content := self._open()) is None:
-                self._create(tokens.dtype)
-                content = self._open()
-            if content is None or tokens.dtype != self._dtype:
-                raise OSError(f"{self.file} is of another type than {tokens.dtype}")
-            size = self._row_bytes(tokens.dtype)
-            if not self._mark(content, index) and not self.room.take(size + BLOCK):
+            if (rows := self._open()) is None:
+                create(self.file, layout, self._parse)
+                rows = self._open()
+            if rows is None or rows.layout != layout:
+                raise OSError(f"{self.file.name} is of another type than {tokens.dtype}")
+            if not rows.has(index) and not self.quota.take(layout.row_bytes + BLOCK):
                 self._is_full = True
                 return
-            row = tokens.view(torch.uint8).numpy()
-            with open(self.file, "r+b", buffering=0) as handle:
-                os.pwrite(handle.fileno(), row.data, _marks_end(self.num_clips) + index * size)
-                os.pwrite(handle.fileno(), struct.pack("<Q", _mark(row, stamp)), _HEADER.size + 8 * index)
+            write_rows(self.file, layout, {index: tokens.view(torch.uint8).numpy()}, stamp)
         except OSError as error:
             self._is_full = True
-            warnings.warn(f"{FLAG}: no more tokens are kept in {self.file}: {error}", stacklevel=2)
+            self.quota.warn(error)
 
     def count(self) -> int:
-        """How many rows are there."""
-        content = self._open()
-        if content is None:
-            return 0
-        return int(np.count_nonzero(np.frombuffer(content, np.uint64, self.num_clips, _HEADER.size)))
+        """Return the number of rows that are kept."""
+        rows = self._open()
+        return 0 if rows is None else rows.count()
 
-    def _row_bytes(self, dtype: torch.dtype) -> int:
+    def _open(self) -> RowFile | None:
+        if self._rows is None:
+            self._rows = open_rows(self.file, _HEADER.size, self._parse)
+        return self._rows
+
+    def _layout(self, dtype: torch.dtype) -> Layout:
         T, S, D = self.shape
-        return T * S * D * dtype.itemsize
-
-    def _mark(self, content: mmap.mmap, index: int) -> int:
-        return int(struct.unpack_from("<Q", content, _HEADER.size + 8 * index)[0])
-
-    def _open(self) -> mmap.mmap | None:
-        """The file in memory; None where there is none yet, or it is not one of these."""
-        if self._content is None:
-            with contextlib.suppress(OSError, ValueError, struct.error), open(self.file, "rb") as handle:
-                magic, *numbers, name = _HEADER.unpack(handle.read(_HEADER.size))
-                dtype = getattr(torch, name.rstrip(b"\0").decode(), None)
-                if (magic, numbers) == (_MAGIC, [self.num_clips, *self.shape]) and isinstance(dtype, torch.dtype):
-                    end = _marks_end(self.num_clips) + self.num_clips * self._row_bytes(dtype)
-                    if os.fstat(handle.fileno()).st_size == end:
-                        self._content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-                        self._dtype = dtype
-        return self._content
-
-    def _create(self, dtype: torch.dtype) -> None:
-        """An empty file, which appears under its name at once and whole; one that cannot be read is replaced."""
-        part = self.file.with_name(f".new-{os.getpid()}-{threading.get_ident()}")
         name = str(dtype).removeprefix("torch.").encode()
-        with open(part, "wb") as file:
-            file.write(_HEADER.pack(_MAGIC, self.num_clips, *self.shape, name))
-            file.truncate(_marks_end(self.num_clips) + self.num_clips * self._row_bytes(dtype))
-        try:
-            os.link(part, self.file)
-        except FileExistsError:
-            if self._open() is None:  # else another process was faster
-                os.replace(part, self.file)
-        part.unlink(missing_ok=True)
+        return Layout(_HEADER.pack(MAGIC, self.num_clips, T, S, D, name), self.num_clips, T * S * D * dtype.itemsize)
+
+    def _parse(self, header: bytes) -> Layout | None:
+        magic, *numbers, name = _HEADER.unpack(header)
+        dtype = getattr(torch, name.rstrip(b"\0").decode(), None)
+        if (magic, numbers) != (MAGIC, [self.num_clips, *self.shape]) or not isinstance(dtype, torch.dtype):
+            return None
+        return self._layout(dtype)
 
 
-def _marks_end(num_clips: int) -> int:
-    return -(-(_HEADER.size + 8 * num_clips) // BLOCK) * BLOCK
-
-
-def _mark(row: np.ndarray, stamp: int) -> int:
-    return 2**32 + zlib.crc32(row.data, stamp)
+def _dtype(layout: Layout) -> torch.dtype:
+    *_, name = _HEADER.unpack(layout.header)
+    dtype: torch.dtype = getattr(torch, name.rstrip(b"\0").decode())
+    return dtype

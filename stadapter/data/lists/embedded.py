@@ -30,6 +30,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from stadapter.config import ConfigError
+from stadapter.data.lists.bounded_folder import cache_folder
 
 WORLD_SEED = 2022
 WORLD_VERSION = 2
@@ -308,7 +309,7 @@ def ensure_world(root: Path | None = None, sizes: Mapping[str, int] = SPLIT_SIZE
     """
     from filelock import FileLock
 
-    root = root or Path(os.environ.get("STADAPTER_CACHE") or Path.home() / ".cache" / "stadapter")
+    root = root or cache_folder()
     world = root / f"embedded-v{WORLD_VERSION}"
     if (world / "manifest.csv").exists():
         return world

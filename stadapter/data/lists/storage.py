@@ -14,12 +14,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from stadapter.config import ConfigError
+from stadapter.data.lists.bounded_folder import Entry, cache_folder, remove_least_recently_used
 
 Root = str | os.PathLike[str]
 
@@ -36,9 +37,8 @@ class LocalCopies:
 
 
 def default_local_copies(gigabytes: float = DEFAULT_LOCAL_COPIES_GB) -> LocalCopies:
-    """In $STADAPTER_CACHE, or in ~/.cache/stadapter."""
-    cache = Path(os.environ.get("STADAPTER_CACHE") or Path.home() / ".cache" / "stadapter")
-    return LocalCopies(cache / "spill", int(gigabytes * 1e9))
+    """Return the folder in $STADAPTER_CACHE, or in ~/.cache/stadapter."""
+    return LocalCopies(cache_folder("spill"), int(gigabytes * 1e9))
 
 
 def data_root(text: str) -> str:
@@ -152,21 +152,23 @@ def _make_room(local_copies: LocalCopies, size: int, newest: Path) -> None:
     if _added[local_copies.folder] * _SCAN_SHARE < local_copies.limit_bytes:
         return
     _added[local_copies.folder] = 0
+
+    def remove(file: Path) -> bool:
+        if file == newest or file.name.endswith((".part", ".lock")):
+            return False
+        file.unlink(missing_ok=True)
+        return True
+
     with FileLock(local_copies.folder / ".lock"):
-        kept: list[tuple[float, int, str]] = []
-        for folder, _, names in os.walk(local_copies.folder):
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    stat = os.stat(os.path.join(folder, name))
-                    kept.append((stat.st_atime, stat.st_size, os.path.join(folder, name)))
-        total = sum(bytes_ for _, bytes_, _ in kept)
-        for _, bytes_, name in sorted(kept):
-            if total <= local_copies.limit_bytes:
-                break
-            if name != str(newest) and not name.endswith((".part", ".lock")):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
-                total -= bytes_
+        files = (Path(folder) / name for folder, _, names in os.walk(local_copies.folder) for name in names)
+        remove_least_recently_used(_entries(files), local_copies.limit_bytes, remove)
+
+
+def _entries(files: Iterable[Path]) -> Iterator[Entry]:
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            stat = file.stat()
+            yield Entry(file, stat.st_size, stat.st_atime)
 
 
 def _filesystem(path: Root) -> tuple[Any, str]:
