@@ -17,7 +17,7 @@ def write_report(answers: Sequence[Answer], folder: Path) -> Path:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for answer in answers:
         write_tables(answer, folder / "tables")
-        figure = draw(answer.rows)
+        figure = draw(answer)
         for suffix in ("png", "pdf"):
             figure.savefig(folder / "figures" / f"{answer.name}.{suffix}")
     for suffix in ("png", "pdf"):
