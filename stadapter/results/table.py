@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from stadapter import config
 from stadapter.config import Recipe
+from stadapter.results import grids
 from stadapter.results.paired_tests import Difference, Summary, compare, holm, summarise
 from stadapter.results.paper import MARKS, Published, published
 from stadapter.trials.record import Record, Unreadable
@@ -238,25 +239,13 @@ def _origin(sweep: Sweep, done: Sequence[Record]) -> list[str]:
 def to_text(sweep: Sweep, records: Records) -> str:
     """The table for a terminal."""
     rows = make_rows(sweep, records)
-    lines = grid(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join([first, *rest]).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(lines[0]), rule, *map(line, lines[1:]), rule, *notes(sweep, rows, records)]) + "\n"
+    return "\n".join([*grids.padded(grid(rows), ruled=True), *notes(sweep, rows, records)]) + "\n"
 
 
 def to_markdown(sweep: Sweep, records: Records) -> str:
     """The table for a document, its notes as a list."""
     rows = make_rows(sweep, records)
-    header, *body = ["| " + " | ".join(cells) + " |" for cells in grid(rows)]
-    rule = "|---|" + "---:|" * (len(grid(rows)[0]) - 1)
-    return "\n".join([header, rule, *body, "", *(f"- {note}" for note in notes(sweep, rows, records))]) + "\n"
+    return "\n".join([grids.to_markdown(grid(rows)), "", *(f"- {note}" for note in notes(sweep, rows, records))]) + "\n"
 
 
 _COUNTED = ("trainable_params", "macs_per_view", "views", "seconds", "peak_memory_mib", "git_commit")
