@@ -17,12 +17,12 @@ with --cache-prefix, on clips that look the same in every epoch (docs/data.md).
 import re
 from collections.abc import Sequence
 
-from stadapter.ablation import Arm, main
+from stadapter.ablation import Arm, Axis, main
 from stadapter.config import ConfigError, Recipe
 
 
 def depth_of(recipe: Recipe) -> int:
-    from stadapter.backbone.load import describe_backbone
+    from stadapter.backbone.load import describe_backbone  # late: it loads torch
 
     return describe_backbone(recipe.backbone).shape.depth
 
@@ -34,21 +34,26 @@ def default_values(recipe: Recipe) -> Sequence[str]:
 
 
 def make_arm(recipe: Recipe, value: str) -> Arm:
-    blocks = range(depth_of(recipe))
-    chosen: Sequence[int]
+    blocks = tuple(range(depth_of(recipe)))
     if match := re.fullmatch(r"(last|first|every)(\d+)", value):
         kind, count = match[1], int(match[2])
         if not 1 <= count <= len(blocks):
             raise ConfigError(f"--values {value}: the backbone has {len(blocks)} blocks")
         chosen = {"last": blocks[-count:], "first": blocks[:count], "every": blocks[::-count][::-1]}[kind]
-        return Arm(f"{kind} {count}", {"adapter.blocks": tuple(chosen)})
-    if value == "all":
-        return Arm("all blocks", {"adapter.blocks": None})  # as the recipes say it: the same training, shared
-    if not re.fullmatch(r"\d+(,\d+)*", value):
+        label = f"{kind} {count}"
+    elif re.fullmatch(r"\d+(,\d+)*", value):
+        chosen = tuple(int(index) for index in value.split(","))
+        label = f"{'blocks' if ',' in value else 'block'} {value}"
+    elif value == "all":
+        chosen, label = blocks, "all blocks"
+    else:
         raise ConfigError(f"--values {value}: expected last3, first3, every2, all, or block indices such as 0,2,4")
-    label = "blocks" if "," in value else "block"
-    return Arm(f"{label} {value}", {"adapter.blocks": tuple(int(index) for index in value.split(","))})
+    count = len(chosen)
+    lines = {"last blocks": blocks[-count:], "first blocks": blocks[:count]}
+    series = tuple(line for line, members in lines.items() if members == chosen)
+    fields = {"adapter.blocks": None if value == "all" else chosen}  # None as in the recipes: one training, shared
+    return Arm(label, fields, count, series or ("one block" if count == 1 else label))
 
 
 if __name__ == "__main__":
-    main(__doc__, name="depth", values=default_values, make_arm=make_arm)
+    main(__doc__, name="depth", values=default_values, make_arm=make_arm, axis=Axis("number of blocks with adapters"))

@@ -17,8 +17,10 @@ times the memory unless --clips-per-pass is lowered.
 
 from collections.abc import Sequence
 
-from stadapter.ablation import Arm, main
+from stadapter.ablation import Arm, Axis, main
 from stadapter.config import ConfigError, Recipe
+
+AXIS = Axis("frames per clip", is_log=True)
 
 
 def default_values(recipe: Recipe) -> Sequence[str]:
@@ -31,8 +33,8 @@ def make_arm(recipe: Recipe, value: str) -> Arm:
     fields: dict[str, object] = {"data.num_frames": int(value)}
     if recipe.data.sampling == "dense":
         fields["data.frame_stride"] = max(1, recipe.data.frame_stride * recipe.data.num_frames // int(value))
-    return Arm(f"{value} frames", fields)
+    return Arm(f"{value} frames", fields, int(value))
 
 
 if __name__ == "__main__":
-    main(__doc__, name="frames", values=default_values, make_arm=make_arm)
+    main(__doc__, name="frames", values=default_values, make_arm=make_arm, axis=AXIS)

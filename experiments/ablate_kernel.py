@@ -17,12 +17,14 @@ ssv2_clip_b16: each of the 4 arms x N seeds trains for 50 epochs on the whole da
     python experiments/ablate_kernel.py --values 1x1x1 3x1x1 1x3x3 3x3x3
 """
 
-from stadapter.ablation import Arm, main
+from stadapter.ablation import Arm, Axis, main
 from stadapter.config import ConfigError, Recipe
+
+AXIS = Axis("temporal extent of the kernel (frames)")
 
 
 def make_arm(recipe: Recipe, value: str) -> Arm:
-    """`3`: temporal extent 3 with the recipe's spatial one; `3x1x1`: all three extents (t, h, w)."""
+    """Return the arm of `3`, temporal extent 3 with the recipe's spatial one, or of `3x1x1`, all extents (t, h, w)."""
     try:
         extents = [int(extent) for extent in value.split("x")]
     except ValueError:
@@ -31,8 +33,9 @@ def make_arm(recipe: Recipe, value: str) -> Arm:
         ) from None
     if len(extents) == 1:
         extents += recipe.adapter.kernel_size[1:]
-    return Arm("kernel " + "x".join(map(str, extents)), {"adapter.kernel_size": extents})
+    series = "spatial extent " + "×".join(map(str, extents[1:]))
+    return Arm("kernel " + "x".join(map(str, extents)), {"adapter.kernel_size": extents}, extents[0], series)
 
 
 if __name__ == "__main__":
-    main(__doc__, name="kernel", values=("1", "3", "5", "7"), make_arm=make_arm)
+    main(__doc__, name="kernel", values=("1", "3", "5", "7"), make_arm=make_arm, axis=AXIS)

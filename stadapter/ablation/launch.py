@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from stadapter.ablation.progress import Terminal
 from stadapter.results import table
+from stadapter.results.sources import Answer
 from stadapter.trials import files, lock, record, status
 from stadapter.trials.stop import GentleStop
 from stadapter.trials.sweep import DEFAULT_STORE, FIGURE, SWEEP, Sweep, Trial, records
@@ -185,7 +186,7 @@ def _keep(sweep: Sweep, folder: Path, found: table.Records) -> list[Path]:
     if not figure.exists() or any(not path.exists() or path.read_bytes() != new for path, new in contents.items()):
         from stadapter.results.figure import to_png
 
-        files.write_atomically(figure, to_png(table.make_rows(sweep, found)))
+        files.write_atomically(figure, to_png(Answer(sweep, found)))
     for path, content in contents.items():
         files.write_atomically(path, content)
     return [*contents, figure]

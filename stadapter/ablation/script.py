@@ -27,7 +27,7 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.training.flags import reading_flags, speed_flags
 from stadapter.training.options import GPU_CLIPS_PER_PASS
 from stadapter.trials import record, status
-from stadapter.trials.sweep import SWEEP, Arm, Sweep, Trial, load_sweep, make_sweep, save_sweep
+from stadapter.trials.sweep import SWEEP, Arm, Axis, Sweep, Trial, load_sweep, make_sweep, save_sweep
 
 if TYPE_CHECKING:
     from stadapter.data.clips import RemoteLoader
@@ -41,23 +41,31 @@ def main(
     values: Values,
     make_arm: Callable[[Recipe, str], Arm],
     arguments: list[str] | None = None,
+    axis: Axis | None = None,
 ) -> None:
     """Run the ablation script's command line and exit.
 
     `doc` is the script's docstring, its first paragraph the question, the one after 'Expected:' what should come out.
     `make_arm` turns the recipe and one of `values` (or of the words given to --values) into an arm; what it cannot
     read is a ConfigError. `values` may be a function of the recipe, where the arms worth comparing depend on it.
+    `axis` is that of the figure, where the arms have an `x`.
     """
     options = make_parser(doc, name, values).parse_args(arguments)
     sys.exit(
         exit_code_of(
-            lambda: _run(doc, name, values, make_arm, options), "stopped at once; the same command goes on from there"
+            lambda: _run(doc, name, values, make_arm, axis, options),
+            "stopped at once; the same command goes on from there",
         )
     )
 
 
 def _run(
-    doc: str, name: str, values: Values, make_arm: Callable[[Recipe, str], Arm], options: argparse.Namespace
+    doc: str,
+    name: str,
+    values: Values,
+    make_arm: Callable[[Recipe, str], Arm],
+    axis: Axis | None,
+    options: argparse.Namespace,
 ) -> int:
     check_numbers(options)
     if options.dashboard_port is not None:
@@ -65,7 +73,8 @@ def _run(
     recipe = _recipe(options)
     words = options.values or (values(recipe) if callable(values) else values)
     question, expected = _question_of(doc)
-    sweep = make_sweep(name, question, recipe, [make_arm(recipe, word) for word in words], options.seeds, expected)
+    arms = [make_arm(recipe, word) for word in words]
+    sweep = make_sweep(name, question, recipe, arms, options.seeds, expected, axis)
     selected = status.select(sweep.trials, options.only)
     output = options.output.resolve()
     if not options.plan:

@@ -1,28 +1,32 @@
-"""Which field a sweep varies, and how its arms lie along an axis."""
+"""How the arms of a sweep lie along its axis: the series of a figure."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stadapter import config
 from stadapter.results.table import Row
+from stadapter.trials.sweep import Axis
 
 
 @dataclass(frozen=True)
 class Series:
-    """Arms that belong together in a figure, sorted by x; `connected` where a line between them means something."""
+    """Arms that belong together in a figure, sorted by x."""
 
     label: str
     x: tuple[float, ...]
     rows: tuple[Row, ...]
-    connected: bool = True
+
+    @property
+    def connected(self) -> bool:
+        """True if a line between the arms means something: not if they all have the same x."""
+        return len(set(self.x)) > 1
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What varies. Without a numeric axis there are no series, and the arms are listed by name."""
+    """The ablated factor as a figure shows it. Without an axis there are no series: the arms are listed by name."""
 
     label: str = ""
     series: tuple[Series, ...] = ()
@@ -30,10 +34,11 @@ class Factor:
 
     @property
     def is_number(self) -> bool:
+        """True if the arms lie on an axis."""
         return bool(self.series)
 
     def shifted(self) -> list[Series]:
-        """The series side by side, so that arms with the same x do not hide each other."""
+        """Return the series side by side, so that arms with the same x do not hide each other."""
         span = max(x for s in self.series for x in s.x) - min(x for s in self.series for x in s.x)
         step = 0.0 if self.is_log else 0.015 * span
         middle = (len(self.series) - 1) / 2
@@ -43,58 +48,22 @@ class Factor:
         ]
 
 
-def find_factor(rows: Sequence[Row]) -> Factor:
-    """The one field that differs between the arms' recipes, if it is one that lies on an axis."""
-    flat = [config.flatten(row.recipe) for row in rows]
-    varying = {path for path in flat[0] if len({str(fields[path]) for fields in flat}) > 1}
-    if varying == {"adapter.kernel_size"}:
-        return _kernel(rows)
-    if varying == {"adapter.bottleneck_width"}:
-        return Factor(
-            "bottleneck width (channels)", (_series("", rows, lambda r: r.recipe.adapter.bottleneck_width),), True
-        )
-    if varying == {"data.num_frames"}:
-        return Factor("frames per clip", (_series("", rows, lambda r: r.recipe.data.num_frames),), True)
-    if varying == {"adapter.blocks"}:
-        return _depth(rows)
-    return Factor()
+def find_factor(axis: Axis | None, rows: Sequence[Row]) -> Factor:
+    """Return the series of these arms on the sweep's axis; no series if the sweep has no axis or an arm has no x."""
+    if axis is None or any(row.x is None for row in rows):
+        return Factor()
+    names = dict.fromkeys(name for row in rows for name in row.series)
+    series = [_series(name, [row for row in rows if name in row.series]) for name in names]
+    drawn = [one for one in series if not _lies_on_another(one)]
+    drawn.sort(key=lambda one: len(one.rows) == 1)  # lines first
+    return Factor(axis.label, tuple(drawn), axis.is_log)
 
 
-def _series(label: str, rows: Sequence[Row], x: Callable[[Row], float], connected: bool = True) -> Series:
-    ordered = sorted(rows, key=x)
-    return Series(label, tuple(float(x(row)) for row in ordered), tuple(ordered), connected)
+def _series(name: str, rows: Sequence[Row]) -> Series:
+    points = sorted(((row.x, row) for row in rows if row.x is not None), key=lambda point: point[0])
+    return Series(name, tuple(float(x) for x, _ in points), tuple(row for _, row in points))
 
 
-def _kernel(rows: Sequence[Row]) -> Factor:
-    """One line per spatial extent over the temporal one."""
-    spatial = sorted({row.recipe.adapter.kernel_size[1:] for row in rows})
-    series = []
-    for extent in spatial:
-        mine = [row for row in rows if row.recipe.adapter.kernel_size[1:] == extent]
-        label = f"spatial extent {extent[0]}×{extent[1]}"
-        series.append(_series(label, mine, lambda row: row.recipe.adapter.kernel_size[0]))
-    return Factor("temporal extent of the kernel (frames)", tuple(series))
-
-
-def _depth(rows: Sequence[Row]) -> Factor:
-    """Accuracy over the number of blocks: a line for the last ones, one for the first ones, points for the others."""
-    named = [row.recipe.adapter.blocks for row in rows]
-    end = max((max(blocks) for blocks in named if blocks), default=-1) + 1
-
-    def blocks_of(row: Row) -> tuple[int, ...]:
-        blocks = row.recipe.adapter.blocks
-        return tuple(range(end)) if blocks is None else tuple(sorted(blocks))
-
-    def count(row: Row) -> int:
-        return len(blocks_of(row))
-
-    last = [row for row in rows if blocks_of(row) == tuple(range(end))[-count(row) :]]
-    first = [row for row in rows if blocks_of(row) == tuple(range(count(row)))]
-    others = [row for row in rows if row not in last and row not in first]
-    lines = [_series("last blocks", last, count), _series("first blocks", first, count)]
-    series = [line for line in lines if line.rows and (len(line.rows) > 1 or line.label == "last blocks")]
-    single = [row for row in others if count(row) == 1]
-    if single:
-        series.append(_series("one block", single, count, connected=False))
-    series += [_series(row.arm, [row], count, connected=False) for row in others if row not in single]
-    return Factor("number of blocks with adapters", tuple(series))
+def _lies_on_another(series: Series) -> bool:
+    """Return True if the series has one arm alone, which the first series that it names shows already."""
+    return len(series.rows) == 1 and series.rows[0].series[0] != series.label

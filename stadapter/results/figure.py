@@ -8,6 +8,7 @@ standard deviation, and bars of that length would hide the means.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,48 +130,53 @@ STYLE: Any = {
 _PANEL_IN = (4.6, 3.5)  # width, height
 _LEAST_SPAN = 4.0  # points of accuracy that an axis shows at least: noise must not fill a figure
 _VARIES = 0.05  # a relative change of parameters or cost that is worth an axis
+_TRADEOFFS = {"trainable_params": "trainable parameters", "gmacs": "cost of a clip (GMACs, all views)"}  # of a Row
 
 
-def draw(all_rows: Sequence[Row]) -> Figure:
-    """One figure: the factor, and where they vary, trainable parameters and cost. Without a result, an empty note."""
-    rows = [row for row in all_rows if row.top1]
+def draw(answer: Answer) -> Figure:
+    """Return the sweep's figure: a panel of the factor, and one each of trainable parameters and cost if they vary."""
+    rows = [row for row in answer.rows if row.top1]
     with matplotlib.rc_context(STYLE):
         if not rows:
-            figure = Figure(figsize=_PANEL_IN, layout="constrained")
-            figure.text(0.5, 0.5, "no trial has finished", ha="center", color=FAINT)
-            return figure
-        factor = find_factor(rows)
-        tradeoffs = [
-            (attribute, label)
-            for attribute, label in (
-                ("trainable_params", "trainable parameters"),
-                ("gmacs", "cost of a clip (GMACs, all views)"),
-            )
-            if _varies([getattr(row, attribute) for row in rows])
-        ]
-        height = _PANEL_IN[1] if factor.is_number else max(_PANEL_IN[1], 1.3 + 0.32 * len(all_rows))
+            return _empty_figure()
+        factor = find_factor(answer.sweep.axis, rows)
+        tradeoffs = {name: label for name, label in _TRADEOFFS.items() if _varies([getattr(r, name) for r in rows])}
+        height = _PANEL_IN[1] if factor.is_number else max(_PANEL_IN[1], 1.3 + 0.32 * len(answer.rows))
         figure = Figure(figsize=(_PANEL_IN[0] * (1 + len(tradeoffs)), height), layout="constrained")
         first, *others = figure.subplots(1, 1 + len(tradeoffs), squeeze=False)[0]
         if factor.is_number:
             _draw_factor(first, factor)
         else:
-            _draw_arms(first, all_rows)
-        for axes, (attribute, label) in zip(others, tradeoffs, strict=True):
-            _draw_tradeoff(axes, rows, attribute, label)
+            _draw_arms(first, answer.rows)
         _limit(first, rows, vertical=factor.is_number)
-        for axes in others:
+        for axes, (attribute, label) in zip(others, tradeoffs.items(), strict=True):
+            _draw_tradeoff(axes, rows, attribute, label)
             _limit(axes, rows, vertical=True)
-        if len(tradeoffs) or not factor.is_number:
+        if others or not factor.is_number:
             figure.draw_without_rendering()  # fixes the layout, which the labels are fitted into
+            short = short_labels([row.arm for row in answer.rows])
             for axes in others:
-                label_points(axes, [_short(row) for row in rows])
+                label_points(axes, [short[row.arm] for row in rows])
         return figure
 
 
-def to_png(rows: Sequence[Row]) -> bytes:
-    """The figure as a PNG file's content."""
+def _empty_figure() -> Figure:
+    figure = Figure(figsize=_PANEL_IN, layout="constrained")
+    figure.text(0.5, 0.5, "no trial has finished", ha="center", color=FAINT)
+    return figure
+
+
+def short_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Return each arm's label without the words that all labels begin with: `3x3x3` of `kernel 3x3x3`."""
+    starts = zip(*(label.split()[:-1] for label in labels), strict=False)
+    shared = len(list(itertools.takewhile(lambda words: len(set(words)) == 1, starts)))
+    return {label: " ".join(label.split()[shared:]) for label in labels}
+
+
+def to_png(answer: Answer) -> bytes:
+    """Return the figure as the content of a PNG file."""
     buffer = io.BytesIO()
-    draw(rows).savefig(buffer, format="png", dpi=STYLE["savefig.dpi"])
+    draw(answer).savefig(buffer, format="png", dpi=STYLE["savefig.dpi"])
     return buffer.getvalue()
 
 
@@ -309,8 +315,3 @@ def _limit(axes: Axes, rows: Sequence[Row], *, vertical: bool) -> None:
     room = max(0.15 * span, (_LEAST_SPAN - span) / 2)
     low, high = max(-2.0, min(values) - room), min(100.0 + 0.05 * (span + 2 * room), max(values) + room)
     (axes.set_ylim if vertical else axes.set_xlim)(low, high)
-
-
-def _short(row: Row) -> str:
-    """An arm's name for a point: without the word that every arm of its question begins with."""
-    return row.arm.removeprefix("kernel ").removeprefix("width ")

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 from stadapter import config
 from stadapter.config import Recipe
+from stadapter.results import grids
 from stadapter.results.paired_tests import Difference, Summary, compare, holm, summarise
 from stadapter.results.paper import MARKS, Published, published
 from stadapter.trials.record import Record, Unreadable
-from stadapter.trials.sweep import Sweep, Trial
+from stadapter.trials.sweep import Arm, Sweep, Trial
 
 DASH = "-"
 DIVERGED = "†"
@@ -35,6 +36,8 @@ class Row:
 
     arm: str
     recipe: Recipe  # of its first seed
+    x: float | None  # on the sweep's axis; None without one
+    series: tuple[str, ...]  # of the figure
     trials: tuple[str, ...]  # ids of all seeds asked for
     is_default: bool
     top1_by_seed: dict[int, float]  # per cent, of the seeds that finished
@@ -78,7 +81,7 @@ def make_rows(sweep: Sweep, records: Records) -> list[Row]:
     mine: dict[str, list[tuple[Trial, Record | None]]] = {arm.label: [] for arm in sweep.arms}
     for trial, result in zip(sweep.trials, records, strict=True):
         mine[trial.arm].append((trial, result if usable(result) else None))
-    rows = [_row(arm, pairs, arm == default) for arm, pairs in mine.items()]
+    rows = [_row(arm, mine[arm.label], arm.label == default) for arm in sweep.arms]
     reference = next(row for row in rows if row.is_default).top1_by_seed
     differences = [None if row.is_default else compare(row.top1_by_seed, reference) for row in rows]
     comparisons = sum(d is not None and d.n > 1 for d in differences)
@@ -89,14 +92,16 @@ def make_rows(sweep: Sweep, records: Records) -> list[Row]:
     ]
 
 
-def _row(arm: str, pairs: Sequence[tuple[Trial, Record | None]], is_default: bool) -> Row:
+def _row(arm: Arm, pairs: Sequence[tuple[Trial, Record | None]], is_default: bool) -> Row:
     done = [result for _, result in pairs if result is not None]
     top1 = {trial.seed: result.metrics["top1"] for trial, result in pairs if result is not None}
     memory = [r.peak_memory_mib for r in done if r.peak_memory_mib is not None]
     params = done[0].trainable_params if done else None
     return Row(
-        arm=arm,
+        arm=arm.label,
         recipe=pairs[0][0].recipe,
+        x=arm.x,
+        series=arm.series_names,
         trials=tuple(trial.id for trial, _ in pairs),
         is_default=is_default,
         top1_by_seed=top1,
@@ -234,25 +239,13 @@ def _origin(sweep: Sweep, done: Sequence[Record]) -> list[str]:
 def to_text(sweep: Sweep, records: Records) -> str:
     """The table for a terminal."""
     rows = make_rows(sweep, records)
-    lines = grid(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join([first, *rest]).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(lines[0]), rule, *map(line, lines[1:]), rule, *notes(sweep, rows, records)]) + "\n"
+    return "\n".join([*grids.padded(grid(rows), ruled=True), *notes(sweep, rows, records)]) + "\n"
 
 
 def to_markdown(sweep: Sweep, records: Records) -> str:
     """The table for a document, its notes as a list."""
     rows = make_rows(sweep, records)
-    header, *body = ["| " + " | ".join(cells) + " |" for cells in grid(rows)]
-    rule = "|---|" + "---:|" * (len(grid(rows)[0]) - 1)
-    return "\n".join([header, rule, *body, "", *(f"- {note}" for note in notes(sweep, rows, records))]) + "\n"
+    return "\n".join([grids.to_markdown(grid(rows)), "", *(f"- {note}" for note in notes(sweep, rows, records))]) + "\n"
 
 
 _COUNTED = ("trainable_params", "macs_per_view", "views", "seconds", "peak_memory_mib", "git_commit")

@@ -19,22 +19,27 @@ from stadapter.trials import files, record
 from stadapter.trials.record import Record
 
 DEFAULT_OUTPUT = Path("runs")
-
-
 DEFAULT_STORE = "sqlite:///mlflow.db"
+SWEEP, FIGURE = "sweep.json", "figure.png"  # of a sweep's folder
 
 
 @dataclass(frozen=True)
 class Arm:
     """One value of the ablated factor: its label in tables, the fields it changes, and its place in a figure.
 
-    `fields` are keyed by dotted path. An arm with an `x` lies on the sweep's axis; arms of one `series` are connected.
+    `fields` are keyed by dotted path. An arm with an `x` lies on the sweep's axis. A line connects the arms of one
+    series, and the figure's legend names it; the nameless series needs no name where it is the only one.
     """
 
     label: str
     fields: dict[str, Any]
     x: float | None = None
-    series: str = ""
+    series: str | tuple[str, ...] = ""  # several names: their lines meet in this arm
+
+    @property
+    def series_names(self) -> tuple[str, ...]:
+        """The names of all series that the arm belongs to."""
+        return (self.series,) if isinstance(self.series, str) else self.series
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,14 @@ class Sweep:
     recipe: Recipe
     arms: tuple[Arm, ...]
     trials: tuple[Trial, ...]
-    expected: str = ""  # what the paper says, or what the script predicts: shown beside what came out
+    expected: str = ""  # what the paper or the script predicts: shown beside what came out
     axis: Axis | None = None  # None: the arms are listed by name
 
     def folder(self, output: Path) -> Path:
-        """`kernel-embedded`; with a hash where fields of the recipe were changed, so that no table replaces another."""
+        """Return the sweep's folder, such as `sweeps/kernel-embedded`.
+
+        A changed recipe adds a hash to the name, so that its tables replace no others.
+        """
         label = f"{self.name}-{self.recipe.name}"
         identity = config.identity(config.replace(self.recipe, seed=0))
         if self.recipe.name not in recipes.names() or identity != config.identity(recipes.get(self.recipe.name)):
@@ -98,7 +106,10 @@ def make_sweep(
     expected: str = "",
     axis: Axis | None = None,
 ) -> Sweep:
-    """Every arm with seeds 0 ... seeds - 1, seeds innermost. ConfigError where two arms are the same training."""
+    """Return the sweep of every arm with the seeds 0 ... `seeds` - 1, seeds innermost.
+
+    Raises ConfigError if two arms are the same training, or if a name cannot be that of a folder.
+    """
     for what, text in (("sweep", name), ("recipe", recipe.name)):
         if not re.fullmatch(r"\w[\w.+-]*", text):
             raise ConfigError(
@@ -117,41 +128,47 @@ def make_sweep(
 
 
 def records(sweep: Sweep, output: Path) -> list[Record | None]:
-    """The record of each trial in order, None where it has not finished."""
+    """Return the record of each trial in order, None if it has not finished."""
     return [record.read_result(trial.folder(output)) for trial in sweep.trials]
 
 
-SWEEP, FIGURE = "sweep.json", "figure.png"  # of a sweep's folder
-
-
 def save_sweep(sweep: Sweep, output: Path) -> None:
-    """Write what the sweep asks into its folder, so that its tables and its MLflow runs can be made again from it."""
-    arms = [{"label": arm.label, "fields": arm.fields} for arm in sweep.arms]
+    """Write the sweep's description into its folder, from which its tables and its MLflow runs can be made again."""
     seeds = sorted({trial.seed for trial in sweep.trials})
     description = {
         "name": sweep.name,
         "question": sweep.question,
         "expected": sweep.expected,
         "recipe": config.flatten(sweep.recipe),
-        "arms": arms,
+        "arms": [vars(arm) for arm in sweep.arms],
         "seeds": len(seeds),
+        "axis": sweep.axis and vars(sweep.axis),
     }
     files.write_json(sweep.folder(output) / SWEEP, description)
 
 
 def load_sweep(folder: Path) -> Sweep:
-    """The sweep that `save_sweep` described in `folder`."""
+    """Return the sweep that `save_sweep` described in `folder`. Raises ConfigError if there is none.
+
+    Descriptions written before arms had a place on an axis still load: their arms are listed by name.
+    """
     path = folder / SWEEP
     if not path.exists():
         raise ConfigError(f"{path}: there is no sweep here")
     saved = json.loads(path.read_text())
-    arms = [Arm(arm["label"], arm["fields"]) for arm in saved["arms"]]
+    arms = [_load_arm(arm) for arm in saved["arms"]]
     recipe = config.unflatten(saved["recipe"])
-    return make_sweep(saved["name"], saved["question"], recipe, arms, saved["seeds"], saved.get("expected", ""))
+    axis = Axis(**saved["axis"]) if saved.get("axis") else None
+    return make_sweep(saved["name"], saved["question"], recipe, arms, saved["seeds"], saved.get("expected", ""), axis)
+
+
+def _load_arm(saved: dict[str, Any]) -> Arm:
+    series = saved.get("series", "")
+    return Arm(saved["label"], saved["fields"], saved.get("x"), series if isinstance(series, str) else tuple(series))
 
 
 def sweep_folders(output: Path) -> list[Path]:
-    """The folders of all sweeps under `output`, by name; ConfigError where there is none."""
+    """Return the folders of all sweeps under `output`, by name. Raises ConfigError if there is none."""
     folders = sorted(path.parent for path in output.glob(f"sweeps/*/{SWEEP}"))
     if not folders:
         raise ConfigError(f"--output {output}: there is no sweep in this folder")

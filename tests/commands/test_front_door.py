@@ -131,6 +131,12 @@ def test_the_wheel_carries_the_backbone_the_types_and_the_command(tmp_path: Path
         names = set(wheel.namelist())
         points = wheel.read(f"stadapter-{__version__}.dist-info/entry_points.txt").decode()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "stadapter").rglob("*.py")}
-    others = {"py.typed", "backbone/embedded_vit.safetensors", "results/paper.toml", "cluster/submit/slurm_job.sh"}
+    others = {
+        "py.typed",
+        "backbone/embedded_vit.safetensors",
+        "results/paper.toml",
+        "results/report.html.j2",
+        "cluster/submit/slurm_job.sh",
+    }
     assert modules | {f"stadapter/{name}" for name in others} <= names
     assert "stadapter = stadapter.commands.main:main" in points

@@ -10,14 +10,19 @@ from stadapter import config, recipes
 from stadapter.config import Recipe
 from stadapter.trials import record
 from stadapter.trials.record import ClipsUsed, Record
-from stadapter.trials.sweep import Arm, Sweep, Trial, make_sweep, save_sweep
+from stadapter.trials.sweep import Arm, Axis, Sweep, Trial, make_sweep, save_sweep
 
 KERNEL = {"kernel 1x3x3": 48.0, "kernel 3x3x3": 96.0, "kernel 5x3x3": 97.0, "kernel 7x3x3": 96.5}
+KERNEL_AXIS = Axis("temporal extent of the kernel (frames)")
 
 
 def kernel_sweep(seeds: int = 2, recipe: Recipe = recipes.embedded) -> Sweep:
-    arms = [Arm(label, {"adapter.kernel_size": (int(label[7]), 3, 3)}) for label in KERNEL]
-    return make_sweep("kernel", "Does it matter how far it looks?", recipe, arms, seeds, "A step, then a plateau.")
+    arms = [
+        Arm(label, {"adapter.kernel_size": (int(label[7]), 3, 3)}, int(label[7]), "spatial extent 3×3")
+        for label in KERNEL
+    ]
+    question, expected = "Does it matter how far it looks?", "A step, then a plateau."
+    return make_sweep("kernel", question, recipe, arms, seeds, expected, KERNEL_AXIS)
 
 
 def result(trial: Trial, top1: float, **more: Any) -> Record:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
+import runpy
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import made_up
@@ -18,7 +21,8 @@ from stadapter import config, recipes
 from stadapter.commands.main import main
 from stadapter.results import table
 from stadapter.results.content import finding, glance
-from stadapter.results.figure import draw
+from stadapter.results.factors import find_factor
+from stadapter.results.figure import draw, short_labels
 from stadapter.results.frames import arms_frame, trials_frame
 from stadapter.results.latex import to_latex
 from stadapter.results.report import write_report
@@ -26,7 +30,7 @@ from stadapter.results.sources import Answer, from_folder
 from stadapter.tracking.mirror import sync
 from stadapter.tracking.reader import from_mlflow
 from stadapter.trials import record
-from stadapter.trials.sweep import Arm, make_sweep, sweep_folders
+from stadapter.trials.sweep import Arm, Axis, Sweep, load_sweep, make_sweep, save_sweep, sweep_folders
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,8 +41,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made_up")
     made_up.write(made_up.kernel_sweep(3), folder, made_up.KERNEL, leave_out=7)
     widths = {"width 6": 90.0, "width 48": 96.0, "width 96": 96.2}
-    arms = [Arm(label, {"adapter.bottleneck_width": int(label[6:])}) for label in widths]
-    made_up.write(make_sweep("width", "How wide & how <deep>?", recipes.embedded, arms, 1), folder, widths)
+    arms = [Arm(label, {"adapter.bottleneck_width": int(label[6:])}, int(label[6:])) for label in widths]
+    sweep = make_sweep("width", "How wide & how <deep>?", recipes.embedded, arms, 1, axis=Axis("channels", is_log=True))
+    made_up.write(sweep, folder, widths)
     places = {"before_mhsa": 96.0, "after_mhsa": 95.0}
     arms = [Arm(label, {"adapter.placement": label}) for label in places]
     made_up.write(make_sweep("placement", "Where?", recipes.embedded, arms, 2), folder, places)
@@ -120,7 +125,7 @@ def test_a_table_of_one_seed_has_no_error_bar_and_says_why(output: Path) -> None
     assert "±" not in text and "interval  " not in text.splitlines()[0]
     assert "One seed per arm: no error bar" in text
     assert "Differences cannot be tested" in finding(width)
-    figure = draw(width.rows)
+    figure = draw(width)
     segments = [s for container in figure.axes[0].containers for s in container.lines[2][0].get_segments()]
     assert all(len(segment) == 0 for segment in segments)
 
@@ -218,7 +223,7 @@ def test_the_report_leads_from_a_number_to_its_runs(output: Path, tmp_path: Path
 
 
 def test_figures_have_axes_with_units_and_a_point_per_arm(output: Path) -> None:
-    kernel = draw(answer(output, "kernel").rows)
+    kernel = draw(answer(output, "kernel"))
     assert kernel.axes[0].get_xlabel() == "temporal extent of the kernel (frames)"
     assert {axes.get_ylabel() for axes in kernel.axes} == {"top-1 accuracy (%)"}
     line = kernel.axes[0].containers[0].lines[0]
@@ -226,20 +231,78 @@ def test_figures_have_axes_with_units_and_a_point_per_arm(output: Path) -> None:
     means = [row.top1.mean for row in answer(output, "kernel").rows if row.top1]
     assert list(line.get_ydata()) == pytest.approx(means)
     assert kernel.axes[1].get_xlabel() == "trainable parameters"
-    names = draw(answer(output, "placement").rows)
+    names = draw(answer(output, "placement"))
     assert [label.get_text() for label in names.axes[0].get_yticklabels()] == ["before_mhsa", "after_mhsa"]
 
 
-def test_depth_is_drawn_as_last_first_and_other_blocks() -> None:
-    from stadapter.results.factors import find_factor
+def experiment(name: str, words: Sequence[str]) -> Sweep:
+    """The sweep of one seed that a script in experiments/ makes of these words."""
+    script = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))
+    arms = [script["make_arm"](recipes.embedded, word) for word in words]
+    return make_sweep(name, "?", recipes.embedded, arms, 1, axis=Axis("an axis"))
 
-    blocks = {"last 1": (5,), "last 2": (4, 5), "first 2": (0, 1), "block 3": (3,), "0,2,4": (0, 2, 4), "all": None}
-    arms = [Arm(label, {"adapter.blocks": value}) for label, value in blocks.items()]
-    sweep = make_sweep("depth", "?", recipes.embedded, arms, 1)
+
+def series_of(sweep: Sweep) -> dict[str, tuple[tuple[float, ...], bool]]:
     rows = table.make_rows(sweep, [made_up.result(trial, 90.0) for trial in sweep.trials])
-    series = {s.label: s.x for s in find_factor(rows).series}
-    assert series == {"last blocks": (1, 2, 6), "first blocks": (2, 6), "one block": (1,), "0,2,4": (3,)}
-    assert table.default_arm(sweep) == "all"
+    return {s.label: (s.x, s.connected) for s in find_factor(sweep.axis, rows).series}
+
+
+def test_depth_is_drawn_as_last_first_and_other_blocks() -> None:
+    sweep = experiment("ablate_depth", ("last1", "last2", "first2", "0,2,4", "3", "2", "all"))
+    assert series_of(sweep) == {
+        "last blocks": ((1, 2, 6), True),
+        "first blocks": ((2, 6), True),
+        "one block": ((1, 1), False),
+        "blocks 0,2,4": ((3,), False),
+    }
+    assert table.default_arm(sweep) == "all blocks"
+
+
+def test_a_line_of_one_arm_that_another_line_holds_is_not_drawn_twice() -> None:
+    assert series_of(experiment("ablate_depth", ("last1", "all"))) == {"last blocks": ((1, 6), True)}
+    assert series_of(experiment("ablate_depth", ("last1", "first1"))) == {
+        "last blocks": ((1,), False),
+        "first blocks": ((1,), False),
+    }
+
+
+def test_a_kernel_has_a_line_for_each_spatial_extent() -> None:
+    sweep = experiment("ablate_kernel", ("3x1x1", "1x1x1", "1", "3"))
+    assert series_of(sweep) == {"spatial extent 1×1": ((1, 3), True), "spatial extent 3×3": ((1, 3), True)}
+
+
+def test_arms_are_listed_by_name_where_one_has_no_place_on_the_axis() -> None:
+    arms = [Arm("one", {"adapter.bottleneck_width": 4}, 4), Arm("two", {"adapter.bottleneck_width": 8})]
+    assert series_of(make_sweep("mine", "?", recipes.embedded, arms, 1, axis=Axis("channels"))) == {}
+
+
+def test_a_sweep_keeps_its_axis_and_one_saved_without_is_listed_by_name(tmp_path: Path) -> None:
+    sweep = experiment("ablate_depth", ("last1", "2", "all"))
+    folder = sweep.folder(tmp_path)
+    folder.mkdir(parents=True)
+    save_sweep(sweep, tmp_path)
+    assert load_sweep(folder).axis == Axis("an axis")
+    assert series_of(load_sweep(folder)) == series_of(sweep)
+    saved = json.loads((folder / "sweep.json").read_text())
+    del saved["axis"]
+    saved["arms"] = [{"label": arm["label"], "fields": arm["fields"]} for arm in saved["arms"]]
+    (folder / "sweep.json").write_text(json.dumps(saved))
+    old = load_sweep(folder)
+    assert old.axis is None and [trial.id for trial in old.trials] == [trial.id for trial in sweep.trials]
+    assert series_of(old) == {}
+
+
+@pytest.mark.parametrize(
+    ("labels", "short"),
+    [
+        (["kernel 1x1x1", "kernel 3x1x1"], ["1x1x1", "3x1x1"]),
+        (["last 1", "first 1", "all blocks"], ["last 1", "first 1", "all blocks"]),
+        (["width 48"], ["48"]),
+        (["both", "parallel"], ["both", "parallel"]),
+    ],
+)
+def test_a_point_is_named_without_the_words_that_all_arms_share(labels: list[str], short: list[str]) -> None:
+    assert list(short_labels(labels).values()) == short
 
 
 def test_the_default_is_the_first_arm_where_none_equals_the_recipe() -> None:
@@ -274,13 +337,13 @@ def test_the_command_line_of_sweeps_stays_light() -> None:
 
 
 def test_published_values_are_shown_with_their_status_and_source() -> None:
-    arms = [Arm("width 384", {"adapter.bottleneck_width": 384}), Arm("width 192", {"adapter.bottleneck_width": 192})]
-    sweep = make_sweep("width", "?", recipes.kinetics400_clip_b16, arms, 2)
+    arms = [Arm(f"width {n}", {"adapter.bottleneck_width": n}, n) for n in (384, 192)]
+    sweep = make_sweep("width", "?", recipes.kinetics400_clip_b16, arms, 2, axis=Axis("channels", is_log=True))
     found = Answer(sweep, [made_up.result(trial, 80.0 + trial.seed) for trial in sweep.trials])
     header, known, unknown = table.grid(found.rows)
     paper = header.index("paper %")
     assert (known[paper], unknown[paper]) == ("82.0 ✓", "-")
     assert any("STAN, Table 4" in note and "(verified)" in note for note in found.notes)
     assert "82.0 $^{\\mathrm{v}}$" in to_latex(found)
-    (stars,) = [line for line in draw(found.rows).axes[0].lines if line.get_label() == "published"]
+    (stars,) = [line for line in draw(found).axes[0].lines if line.get_label() == "published"]
     assert (list(stars.get_xdata()), list(stars.get_ydata())) == ([384.0], [82.0])
