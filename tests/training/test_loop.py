@@ -25,14 +25,15 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.model.build import build_model
 from stadapter.model.state import trainable_parameters
 from stadapter.training import loop as train_module
-from stadapter.training.loop import ProcessGroup, TrainingError, train
+from stadapter.training.loop import TrainingError, train
 from stadapter.training.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
 from stadapter.training.options import TrainOptions
+from stadapter.training.process_group import ProcessGroup
 from stadapter.trials import record
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    """What must not differ between two runs of one recipe: metrics by epoch, and those of the test."""
+    """Return the metrics of each epoch and of the test, without times: two runs of one recipe must have the same."""
     clock = ("seconds", "time", "clips_per_s")
     epochs = [{k: v for k, v in line.items() if k not in clock} for line in record.read_metrics(folder)]
     result = record.read_result(folder)
@@ -167,7 +168,7 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
 
 
 @pytest.mark.parametrize("wrong", [{"clips_per_pass": 0}, {"clips_per_pass": -1}, {"num_workers": -1}])
-def test_an_operation_that_would_train_on_nothing_is_refused(wrong: dict[str, int]) -> None:
+def test_options_that_would_train_on_nothing_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="must be at least"):
         TrainOptions(**wrong)  # type: ignore[arg-type]
 
@@ -201,13 +202,13 @@ def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, fol
     """One pass to a step, then two; each process writes down what gradients its steps exchanged."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    make_learner = train_module._make_components
+    make_components = train_module.make_components
     bytes_by_step: dict[str, list[int]] = {}
     names: set[str] = set()
     searches: set[bool] = set()
 
     def watched(*arguments: Any) -> Any:
-        components = make_learner(*arguments)
+        components = make_components(*arguments)
         name_of = {id(parameter): name for name, parameter in components.model.named_parameters()}
         in_step: list[int] = []
 
@@ -226,7 +227,7 @@ def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, fol
         searches.add(components.replica.find_unused_parameters)
         return components
 
-    train_module._make_components = watched
+    train_module.make_components = watched
     try:
         for clips_per_pass in (2, 1):
             train_options = TrainOptions(data_root=root, clips_per_pass=clips_per_pass)
@@ -298,7 +299,7 @@ def _train_where_one_loss_breaks(rank: int, rendezvous: str, recipe: Recipe, roo
 def test_all_processes_stop_where_one_loss_is_not_finite(
     tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Without that, the others would wait for it in the next exchange of gradients, on GPUs for minutes."""
+    """Otherwise the others would wait for it in the next exchange of gradients, on GPUs for minutes."""
     recipe = config.replace(tiny_recipe, **{"optim.clip_norm": None})
     arguments = (f"file://{tmp_path}/rendezvous", recipe, clip_folder, tmp_path)
     multiprocessing.spawn(_train_where_one_loss_breaks, arguments, nprocs=2)  # type: ignore[no-untyped-call]
