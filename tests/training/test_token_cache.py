@@ -97,7 +97,7 @@ def assert_bitwise(folder: Path, expected: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def make_prefix(recipe: Recipe, gigabytes: float = 1) -> TokenCache:
+def make_token_cache(recipe: Recipe, gigabytes: float = 1) -> TokenCache:
     found = open_token_cache(build_model(recipe), recipe, gigabytes, "auto", CPU)
     assert found is not None
     return found
@@ -229,7 +229,7 @@ def test_other_weights_pixels_clips_and_precisions_have_other_rows(
     def file(split: Split = "train", **changes: Any) -> Path:
         recipe = config.replace(fixed, **changes)
         clips = load_clips(recipe.data, clip_folder, split)
-        return make_prefix(recipe).open_rows(clips).file
+        return make_token_cache(recipe).open_rows(clips).file
 
     assert file() == file() == file(seed=3, **{"adapter.kernel_size": (1, 1, 1), "optim.base_lr": 1.0})
     others = [
@@ -330,7 +330,7 @@ def test_the_command_says_what_it_keeps_or_why_it_cannot(
     assert "error: --cache-prefix: data.fixed_frames = False" in capsys.readouterr().err
     assert command(["train", *flags, "--set", "data.fixed_frames=true"]) == 0
     out = capsys.readouterr().out
-    assert f"prefix cache: {tmp_path}/cache/prefix, at most 0.5 GB per node" in out
+    assert f"token cache: {tmp_path}/cache/prefix, at most 0.5 GB per node" in out
     assert "the lowest 4 of 6 blocks are frozen: 0.04 MB per clip" in out
     assert len(rows_files(tmp_path)) == 2
 
