@@ -85,14 +85,14 @@ def test_an_onnx_file_gives_the_models_logits_of_exactly_resized_frames(tmp_path
 
 
 class Noisy(VideoClassifier):
-    """Another answer at every call."""
+    """A model that gives other logits at every call."""
 
     def forward(self, pixels_BTCHW: Tensor, head_keep_BD: Tensor | None = None) -> Tensor:
         return self.head.weight[:, 0] + torch.rand(len(pixels_BTCHW), 1)
 
 
 class Branching(VideoClassifier):
-    """What it computes depends on the pixels."""
+    """A model whose operations depend on the pixels."""
 
     def forward(self, pixels_BTCHW: Tensor, head_keep_BD: Tensor | None = None) -> Tensor:
         return self.head.weight if pixels_BTCHW.float().mean() > 128 else self.head.weight + 1

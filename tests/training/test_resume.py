@@ -46,7 +46,7 @@ def numbers(folder: Path) -> tuple[Any, ...]:
 
 
 def stop_after(questions: int) -> Callable[[], bool]:
-    """Says so when it is asked for the last of so many times: after each step, and with each batch of a test."""
+    """Return a `should_stop` that is True from this question on. One comes after each step and each batch of a test."""
     asked = itertools.count(1)
     return lambda: next(asked) >= questions
 
