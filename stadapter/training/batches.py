@@ -19,7 +19,6 @@ from stadapter.data.lists.storage import default_local_copies
 from stadapter.data.reader import Reading
 from stadapter.training.options import TrainOptions
 from stadapter.training.process_group import ProcessGroup
-from stadapter.training.token_cache import TokenCache
 
 
 def make_dataset(
@@ -44,16 +43,15 @@ def train_steps(
     recipe: Recipe,
     train_options: TrainOptions,
     group: ProcessGroup,
-    token_cache: TokenCache | None,
     steps: range,
+    rows: Rows | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield this process's share of the global batch of each step, as the list of passes that fit its memory.
 
-    Nothing is opened before the first step is asked for. Raises BadClipsError if too many clips cannot be read.
+    Raises BadClipsError, at the step of that clip, if too many clips cannot be read.
     """
     share = recipe.optim.global_batch // group.world_size
     clips_per_pass = min(train_options.clips_per_pass or share, share)
-    rows = token_cache.open_rows(clips) if token_cache else None
     batches = bad_clips.watch(
         train_loader(
             make_dataset(clips, recipe.data, recipe.seed, train_options, train=True, rows=rows),

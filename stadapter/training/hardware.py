@@ -28,16 +28,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def device_name(device: torch.device) -> str:
-    """Return the model name of the GPU or the processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the context of a forward pass: autocast to `dtype`, which does nothing for float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
 def set_up(device: torch.device, precision: str) -> str:
     """Choose how this process multiplies matrices; one line for the reader: what was chosen, and why.
 
@@ -88,6 +78,16 @@ def _product_error() -> float:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
     return float((a.float() @ b.float() - a @ b).norm() / (a @ b).norm())
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model name of the GPU or the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context of a forward pass: autocast to `dtype`, which does nothing for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -95,7 +95,8 @@ def train(
     state.resume()
 
     to_do = range(state.steps_done, state.total_steps)
-    steps = train_steps(clips["train"], bad, recipe, train_options, group, components.token_cache, to_do)
+    rows = components.token_cache.open_rows(clips["train"]) if components.token_cache and to_do else None
+    steps = train_steps(clips["train"], bad, recipe, train_options, group, to_do, rows)
     while state.epochs_done < recipe.optim.epochs:
         metrics = train_epoch(state, steps, on_step)
         if group.world_size > 1:
