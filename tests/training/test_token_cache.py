@@ -1,4 +1,4 @@
-"""Tokens behind frozen blocks are kept: the numbers stay those of a training without, and no clip is read twice."""
+"""A training with the token cache gives the numbers of one without, and reads no clip twice."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def fixed(tiny_recipe: Recipe) -> Recipe:
 
 @pytest.fixture
 def cached(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainOptions:
-    """A cache of its own for each test."""
+    """Options with a token cache, which is empty at the start of each test."""
     monkeypatch.setenv("STADAPTER_CACHE", str(tmp_path / "cache"))
     return TrainOptions(clip_folder, token_cache_gb=1)
 
@@ -139,7 +139,7 @@ def test_other_seeds_share_the_rows_and_other_depths_have_their_own(
 
 
 def test_no_bit_depends_on_which_rows_there_are(fixed: Recipe, cached: TrainOptions, tmp_path: Path) -> None:
-    """Cold; stopped and gone on; with room for few rows, so that batches mix kept and computed ones."""
+    """Train from an empty cache, then stopped and resumed, then with room for few rows, so that batches are mixed."""
     train(fixed, tmp_path / "cold", cached)
     for file in rows_files(tmp_path):
         file.unlink()
@@ -278,7 +278,7 @@ def test_rows_keep_the_type_that_the_forward_gives(tmp_path: Path) -> None:
 
 
 def test_every_field_of_the_data_is_known_to_decide_pixels_or_not() -> None:
-    """One that is added must be put into one of these, or rows would be kept that are not a clip's in every epoch."""
+    """A new field must be put into one of these sets, or rows might be kept of pixels that change with the epoch."""
     of_clips = {"dataset", "num_classes", "label_groups", "test_temporal_views", "test_spatial_views"}
     assert {f.name for f in dataclasses.fields(DataConfig)} == {*FIXED, *PIXELS, *of_clips}
 
