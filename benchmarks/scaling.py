@@ -45,10 +45,10 @@ from stadapter.data.bad_clips import BadClips
 from stadapter.data.reader import Reading
 from stadapter.model.cost import cost_of
 from stadapter.training import hardware
-from stadapter.training.loop import _make_components, _train_epoch
+from stadapter.training.loop import train_epoch
 from stadapter.training.options import TrainOptions
-from stadapter.training.runtime import ProcessGroup
-from stadapter.training.state import Clock, Run
+from stadapter.training.process_group import ProcessGroup
+from stadapter.training.state import Clock, TrainState, make_components
 
 MODELLED = ("ssv2_clip_b16", "kinetics400_clip_b16")
 NUMBERS_OF_GPUS = tuple(2**k for k in range(3, 10))
@@ -96,7 +96,7 @@ def time_steps(
 ) -> tuple[list[float], list[float]]:
     """Seconds of each step of this process, and of its exchange of gradients (0 in a world of one)."""
     recipe = config.replace(recipe, **{"optim.global_batch": clips * group.world_size})
-    components = _make_components(recipe, TrainOptions(), group)
+    components = make_components(recipe, TrainOptions(), group)
     exchanges: list[float] = []
     if isinstance(components.replica, DistributedDataParallel):
         components.replica.register_comm_hook(None, _timed_into(exchanges))
@@ -115,8 +115,8 @@ def time_steps(
             yield [batch]
 
     count = WARM_UP_STEPS + steps
-    run = Run(folder, components, BadClips("train", 1, 1.0), {}, count, float("inf"), None, Clock())
-    _train_epoch(run, endless(), None)
+    state = TrainState(folder, components, BadClips("train", 1, 1.0), {}, count, float("inf"), None, Clock())
+    train_epoch(state, endless(), None)
     ends.append(time.perf_counter())
     took = [after - before for before, after in itertools.pairwise(ends)]
     assert len(took) == count

@@ -41,8 +41,8 @@ from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import trainable_parameters
 from stadapter.model.strategies import freeze
 from stadapter.training import hardware
+from stadapter.training.hardware import PRECISIONS
 from stadapter.training.optim import make_optimizer
-from stadapter.training.runtime import PRECISIONS
 
 CPU = torch.device("cpu")
 VIT_B16 = VitShape(224, 16, 768, 12, 12, 3072, "quick_gelu", 1e-5, pre_norm=True, patch_bias=False)

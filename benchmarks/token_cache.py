@@ -4,10 +4,10 @@
 
 ViT-B/16 at 8 frames, one clip, float32: adapters before the attention of the last blocks. Both ways take turns in one
 process with one thread; times are medians of its CPU seconds. With the cache a step begins with reading the clip's row
-(checked, from a file that is in memory); without it, with pixels that are decoded already. Each way trains a model of
-its own from the same weights: losses of all steps, and the weights at the end, are compared. "Of arithmetic" is the
-ratio of the operations that PyTorch counts in a step: what equally fast ones would give. The plain model
-(model_reference.py) computes every block in every step, with PyTorch's default matrix products; the targets are ratios
+(checked, from a file that is in memory); without it, with pixels that are decoded already. Each way trains a model from
+the same weights: the losses of all steps and the weights at the end are compared. "Of arithmetic" is the ratio of the
+operations that PyTorch counts in a step, that is, the speed-up if all operations were equally fast. The plain model
+(reference_model.py) computes every block in every step, with PyTorch's default matrix products; the targets are ratios
 to it. The exit code is 1 if a target is missed or a result differs.
 """
 
@@ -64,12 +64,12 @@ RECIPE = config.replace(
 
 @dataclass
 class Way:
-    """One model in training: from cached tokens where there is a `prefix`, else from pixels."""
+    """One model in training: from cached tokens if it has a token cache, else from pixels."""
 
     model: VideoClassifier | PlainClassifier
     optimizer: torch.optim.Optimizer
     dataset: ClipDataset
-    prefix: TokenCache | None
+    token_cache: TokenCache | None
     pixels: Tensor
     label: Tensor
     seconds: list[float] = field(default_factory=list)
@@ -80,12 +80,12 @@ class Way:
     def step(self) -> None:
         gemms(chosen=isinstance(self.model, VideoClassifier))
         started = time.process_time()
-        if self.prefix is None:
+        if self.token_cache is None:
             logits = self.model(self.pixels)
         else:
-            tokens = self.prefix.tokens(_batch(self.dataset), "train")
+            tokens = self.token_cache.tokens(_batch(self.dataset), "train")
             self.reading_s.append(time.process_time() - started)
-            logits = self.model(tokens, start=self.prefix.blocks)
+            logits = self.model(tokens, start=self.token_cache.blocks)
         loss = F.cross_entropy(logits, self.label)
         loss.backward()
         self.optimizer.step()
@@ -99,40 +99,93 @@ def _batch(dataset: ClipDataset) -> dict[str, Any]:
 
 
 def make_ways(recipe: Recipe, clips: ClipList) -> tuple[Way, Way, Way]:
-    """Plain, without the cache, and with it, which holds the clip already."""
-    ways: list[Way] = []
+    """Return the plain way, the way without the cache, and the way with it. The cache holds the clip already."""
     first = build_model(recipe)
-    for is_cached in (False, True):
-        model = build_model(recipe) if is_cached else first
-        generator = torch.Generator().manual_seed(0)
-        for module in model.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.normal_(module.weight, std=0.3, generator=generator)  # no adapter the identity
-        model.vit = first.vit  # frozen: one is enough
-        optimizer = make_optimizer(model, recipe.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE
-        prefix = open_token_cache(model, recipe, 1, "auto", CPU) if is_cached else None
-        dataset = ClipDataset(clips, recipe.data, 0, train=True, rows=prefix.open_rows(clips) if prefix else None)
-        batch = _batch(dataset)
-        if prefix:
-            prefix.tokens(batch, "train")
-            assert _batch(dataset)["cached"].all()
-        ways.append(Way(model, optimizer, dataset, prefix, batch["pixels"], batch["label"]))
+    without, cached = _way(recipe, clips, first, first), _way(recipe, clips, build_model(recipe), first, cached=True)
     simple = PlainClassifier(first, recipe.adapter.bottleneck_width, recipe.adapter.kernel_size)
     adam = torch.optim.AdamW(trainable_parameters(simple).values(), lr=RATE)
-    return Way(simple, adam, ways[0].dataset, None, ways[0].pixels, ways[0].label), ways[0], ways[1]
+    return Way(simple, adam, without.dataset, None, without.pixels, without.label), without, cached
 
 
-def differences(without: Way, cached: Way) -> tuple[float, float]:
-    """Of losses, relative, and of weights, in units of each tensor's largest value."""
-    loss = max(abs(a - b) / abs(a) for a, b in zip(without.losses, cached.losses, strict=True))
+def _way(
+    recipe: Recipe, clips: ClipList, model: VideoClassifier, first: VideoClassifier, *, cached: bool = False
+) -> Way:
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            nn.init.normal_(module.weight, std=0.3, generator=generator)  # so that no adapter is the identity
+    model.vit = first.vit  # frozen: one is enough
+    optimizer = make_optimizer(model, recipe.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    token_cache = open_token_cache(model, recipe, 1, "auto", CPU) if cached else None
+    rows = token_cache.open_rows(clips) if token_cache else None
+    dataset = ClipDataset(clips, recipe.data, 0, train=True, rows=rows)
+    batch = _batch(dataset)
+    if token_cache:
+        token_cache.tokens(batch, "train")
+        assert _batch(dataset)["cached"].all()
+    return Way(model, optimizer, dataset, token_cache, batch["pixels"], batch["label"])
+
+
+def take_turns(arms: dict[int, tuple[Way, Way, Way]], rounds: int) -> None:
+    """Take a step of each way in turn, once to warm up and count operations, then `rounds` times."""
+    for number in range(rounds + 1):
+        for way in (way for ways in arms.values() for way in ways):
+            with FlopCounterMode(display=False) if number == 0 else contextlib.nullcontext() as counter:
+                way.step()
+            if counter is not None:
+                way.flops = counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The three ways of one depth: median milliseconds of a step, and by how much the results differ."""
+
+    last: int  # blocks with adapters
+    plain_ms: float
+    without_ms: float
+    cached_ms: float
+    reading_ms: float
+    of_arithmetic: float
+    loss_difference: float  # relative
+    weight_difference: float  # in units of each tensor's largest value
+
+    @property
+    def is_missed(self) -> bool:
+        target = TARGETS.get(self.last)
+        is_slow = target is not None and self.plain_ms / self.cached_ms < target
+        return is_slow or not max(self.loss_difference, self.weight_difference) <= LIMIT
+
+    def __str__(self) -> str:
+        target = TARGETS.get(self.last)
+        shown = "" if target is None else f">= {target:g}"
+        return (
+            f"{f'the last {self.last}':14}{self.plain_ms:10.1f}{self.without_ms:12.1f}{self.cached_ms:11.1f}"
+            f"{self.reading_ms:15.1f}{self.plain_ms / self.cached_ms:9.2f}{shown:>8}"
+            f"{self.without_ms / self.cached_ms:11.2f}{self.of_arithmetic:15.2f}"
+            f"   losses differ by {self.loss_difference:.1e}, weights by {self.weight_difference:.1e}"
+        )
+
+
+def compare(last: int, simple: Way, without: Way, cached: Way) -> Compared:
+    """Return the medians and differences of the steps after the one to warm up."""
+    columns = (simple.seconds, without.seconds, cached.seconds, cached.reading_s)
+    plain_ms, without_ms, cached_ms, reading_ms = (1000 * statistics.median(values[1:]) for values in columns)
     theirs = {name: p.detach() for name, p in trainable_parameters(without.model).items()}
-    weight = max(
-        float((p.detach() - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-30))
-        for name, p in trainable_parameters(cached.model).items()
+    return Compared(
+        last,
+        plain_ms,
+        without_ms,
+        cached_ms,
+        reading_ms,
+        of_arithmetic=without.flops / cached.flops,
+        loss_difference=max(abs(a - b) / abs(a) for a, b in zip(without.losses, cached.losses, strict=True)),
+        weight_difference=max(
+            float((p.detach() - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-30))
+            for name, p in trainable_parameters(cached.model).items()
+        ),
     )
-    return loss, weight
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,36 +209,18 @@ def main(arguments: list[str] | None = None) -> int:
             last: make_ways(config.replace(RECIPE, **{"adapter.blocks": tuple(range(12 - last, 12))}), clips)
             for last in options.last
         }
-        for number in range(options.rounds + 1):
-            for ways in arms.values():
-                for way in ways:
-                    with FlopCounterMode(display=False) if number == 0 else contextlib.nullcontext() as counter:
-                        way.step()
-                    if counter is not None:
-                        way.flops = counter.get_total_flops()
-    missed = False
+        take_turns(arms, options.rounds)
+    rows = [compare(last, *ways) for last, ways in arms.items()]
     print(
         f"{'adapters in':14}{'plain ms':>10}{'without ms':>12}{'cached ms':>11}{'of it reading':>15}{'x plain':>9}"
         f"{'target':>8}{'x without':>11}{'of arithmetic':>15}"
     )
-    for last, (simple, without, cached) in arms.items():
-        plain_ms, without_ms, ours_ms, reading_ms = (
-            1000 * statistics.median(values[1:])
-            for values in (simple.seconds, without.seconds, cached.seconds, cached.reading_s)
-        )
-        target, ratio = TARGETS.get(last), plain_ms / ours_ms
-        loss, weight = differences(without, cached)
-        missed = missed or (target is not None and ratio < target) or not max(loss, weight) <= LIMIT
-        shown = "" if target is None else f">= {target:g}"
-        print(
-            f"{f'the last {last}':14}{plain_ms:10.1f}{without_ms:12.1f}{ours_ms:11.1f}{reading_ms:15.1f}"
-            f"{ratio:9.2f}{shown:>8}{without_ms / ours_ms:11.2f}{without.flops / cached.flops:15.2f}"
-            f"   losses differ by {loss:.1e}, weights by {weight:.1e}"
-        )
+    print("\n".join(map(str, rows)))
     print(f"losses and weights may differ by {LIMIT:.0e}")
-    if missed:
+    is_missed = any(row.is_missed for row in rows)
+    if is_missed:
         print("a target is missed")
-    return int(missed)
+    return int(is_missed)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 from stadapter.data.video.decoding import check_backend, decode
 from stadapter.model.cost import cost_of
-from stadapter.training.runtime import ProcessGroup
+from stadapter.training.process_group import ProcessGroup
 
 
 @pytest.fixture(scope="module")

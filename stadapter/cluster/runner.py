@@ -25,8 +25,9 @@ from stadapter.cluster.ray_environment import tune
 from stadapter.cluster.ray_runtime import Cluster
 from stadapter.cluster.resources import Resources
 from stadapter.config import Recipe
-from stadapter.training.loop import ProcessGroup, train
+from stadapter.training.loop import train
 from stadapter.training.options import TrainOptions
+from stadapter.training.process_group import ProcessGroup
 from stadapter.training.state import Stopped
 from stadapter.trials import files, lock, record
 from stadapter.trials.stop import GentleStop, Standstill, moving, watch

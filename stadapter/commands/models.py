@@ -176,7 +176,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from stadapter.data.lists.formats import load_clips
     from stadapter.inference import trained
     from stadapter.training.options import TrainOptions
-    from stadapter.training.runtime import join_process_group
+    from stadapter.training.process_group import join_process_group
 
     train_options = TrainOptions(
         options.data_root,

@@ -85,7 +85,7 @@ def _train_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     from stadapter.training import hardware
     from stadapter.training.loop import TrainingError, train
     from stadapter.training.options import TrainOptions
-    from stadapter.training.runtime import join_process_group
+    from stadapter.training.process_group import join_process_group
     from stadapter.training.state import Stopped
     from stadapter.trials import lock
 

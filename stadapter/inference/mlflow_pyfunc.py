@@ -1,10 +1,10 @@
-"""A trial's model as MLflow runs it: from paths of videos to their most probable classes.
+"""The form in which MLflow loads a trial's model: from paths of videos to their most probable classes.
 
     model = mlflow.pyfunc.load_model("runs:/<run id>/model")
     model.predict(["clip.mp4"], params={"top": 3})    # a DataFrame: video, rank, class, probability
 
-MLflow finds this module by its name in the model's MLmodel file, and hands it the safetensors file beside that. No code
-is in the model, and nothing of it is unpickled.
+MLflow imports this module by its name in the model's MLmodel file, and hands it the safetensors file beside that. The
+model contains no code, and nothing of it is unpickled.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 class VideoModel:
-    """What `load_model` wraps. The name and arguments of its method are MLflow's."""
+    """The object that `load_model` wraps. MLflow decides the name and arguments of `predict`."""
 
     def __init__(self, file: Path, weights_file: Path | None, device: str) -> None:
         self.model, self.recipe, self.header = open_trained(file, weights_file=weights_file)
         self.device = torch.device(device)
 
     def predict(self, videos: pd.DataFrame, params: dict[str, Any]) -> pd.DataFrame:
-        """The first column are paths of videos; `params["top"]` (5 unless given) is how many classes each gets.
+        """Return the most probable classes of the videos whose paths are the first column.
 
-        With a verb and a noun head the verbs come first, each head with ranks of its own. ConfigError names the first
-        video that cannot be read.
+        Each video gets `params["top"]` rows (5 unless given): video, rank, class, probability. With a verb and a noun
+        head, each head has as many, the verbs first. Raises ConfigError about the first video that cannot be read.
         """
-        import pandas as pd
+        import pandas as pd  # here, so that importing this module does not load it
 
         lines = []
         for video, found in predict(self.model, self.recipe, list(videos.iloc[:, 0]), device=self.device):
@@ -47,7 +47,10 @@ class VideoModel:
 
 
 def _load_pyfunc(file: str, config: dict[str, Any] | None = None) -> VideoModel:
-    """Called by MLflow. `config` is load_model's `model_config`: `weights_file` of the backbone, and `device`."""
+    """Return the model that MLflow loads from `file`.
+
+    `config` is load_model's `model_config`: `weights_file` of the backbone, and `device`.
+    """
     given = config or {}
     weights = given.get("weights_file")
     device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What a trained model sees in videos: probabilities of its classes, by the recipe's own test views.
+"""Predictions of a trained model for videos: probabilities of its classes, with the recipe's test views.
 
 Shapes: B clips in a pass, V views, K classes.
 """
@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 
 from stadapter.config import ConfigError, DataConfig, Recipe
-from stadapter.data.clips import test_loader
 from stadapter.data.lists.formats import VIDEO_SUFFIXES, ClipList
 from stadapter.inference.trained import CLIPS_PER_PASS, put_on
 from stadapter.model.classifier import VideoClassifier
-from stadapter.training.evaluate import mean_probability
+from stadapter.training.batches import test_batches
+from stadapter.training.evaluate import logits_of_views, mean_probability
+from stadapter.training.hardware import PRECISIONS, autocast
 from stadapter.training.options import TrainOptions
-from stadapter.training.runtime import PRECISIONS, make_dataset
+from stadapter.training.process_group import ProcessGroup
 
 
 def find_videos(places: Sequence[str | Path]) -> list[str]:
-    """The files named, and all videos in the folders named, at any depth, in order. ConfigError where there is none."""
+    """Return the named files, and the videos in the named folders at any depth, in order.
+
+    Raises ConfigError if a folder has no video.
+    """
     found: list[str] = []
     for place in places:
         if not os.path.isdir(place):
@@ -51,26 +55,21 @@ def predict(
     train_options: TrainOptions | None = None,
     device: torch.device | None = None,
 ) -> Iterator[tuple[str, Tensor | str]]:
-    """Each video in turn, with the probabilities of its classes, float32 [K], or why it cannot be read. In the
-    recipe's precision on a GPU, in float32 on a CPU.
+    """Yield each video with the probabilities of its classes, float32 [K], or with the reason it cannot be read.
 
-    With a verb and a noun head, the probabilities of the verbs come first, then those of the nouns.
+    With a verb and a noun head, the probabilities of the verbs come first, then those of the nouns. Computed in the
+    recipe's precision on a GPU, in float32 on a CPU.
     """
     train_options, device, data = train_options or TrainOptions(), device or torch.device("cpu"), recipe.data
     clips = ClipList(data.dataset, "test", "", list(videos), [0] * len(videos), [False] * len(videos), ())
-    batches = test_loader(
-        make_dataset(clips, data, recipe.seed, train_options, train=False),
-        train_options.clips_per_pass or CLIPS_PER_PASS,
-        num_workers=train_options.num_workers,
-    )
+    clips_per_pass = train_options.clips_per_pass or CLIPS_PER_PASS
+    batches = test_batches(clips, recipe, train_options, ProcessGroup(device=device), clips_per_pass)
     # On a CPU half precision takes ten times as long, and no record asks for its digits here.
     precision = recipe.optim.precision if device.type == "cuda" else "float32"
-    dtype = PRECISIONS[precision]
     put_on(model, precision, device).eval()
     for batch in batches:
-        pixels = batch["pixels"].to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits_BVK = model(pixels.flatten(0, 1)).float().unflatten(0, pixels.shape[:2])
+        with autocast(device, PRECISIONS[precision]):
+            logits_BVK = logits_of_views(model, batch["pixels"], device)
         parts = logits_BVK.split(data.label_groups or (data.num_classes,), dim=-1)
         prob_BK = torch.cat([mean_probability(part) for part in parts], dim=-1).cpu()
         reasons = {bad.index: bad.reason for bad in batch["bad_clips"]}
@@ -81,17 +80,18 @@ def predict(
 def top_classes(
     prob_K: Tensor, data: DataConfig, class_names: Sequence[str], count: int
 ) -> list[list[tuple[str, float]]]:
-    """The `count` most probable classes and their probabilities, of each head by itself. A class is called by its
-    number where there are no names."""
+    """Return each head's `count` most probable classes with their probabilities.
+
+    A class is called by its number if there are no names.
+    """
+    sizes = data.label_groups or (data.num_classes,)
     if len(class_names) != data.num_classes:
         kinds = ("class",) if data.label_groups is None else ("verb", "noun")
-        groups = zip(kinds, data.label_groups or (data.num_classes,), strict=True)
-        class_names = [f"{kind} {number}" for kind, size in groups for number in range(size)]
+        class_names = [f"{kind} {number}" for kind, size in zip(kinds, sizes, strict=True) for number in range(size)]
     tops, first = [], 0
-    for part in prob_K.split(data.label_groups or (data.num_classes,)):
+    for part in prob_K.split(sizes):
         best = part.topk(min(count, len(part)))
-        tops.append(
-            [(class_names[first + i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        )
+        names = [class_names[first + index] for index in best.indices.tolist()]
+        tops.append(list(zip(names, best.values.tolist(), strict=True)))
         first += len(part)
     return tops

@@ -1,7 +1,4 @@
-"""What a reader needs to know about the machine, the code and its libraries to judge or repeat a number.
-
-torch loads where a device is asked about, not before: the MLflow mirror of a finished sweep needs the versions alone.
-"""
+"""The processor or GPU that a training runs on: its name, precisions, matrix products and peak memory."""
 
 from __future__ import annotations
 
@@ -9,19 +6,19 @@ import contextlib
 import platform
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from stadapter.config import ConfigError
 
-if TYPE_CHECKING:
-    import torch
-
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STATUS = Path("/proc/self/status")
+_FORGET_PEAK = Path("/proc/self/clear_refs")
 
 
 @cache
 def cpu_name() -> str:
-    """The processor's model name, as the operating system gives it."""
+    """Return the processor's model name, as the operating system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -84,29 +81,26 @@ def _product_error() -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The model name of the GPU or the processor."""
-    import torch
-
+    """Return the model name of the GPU or the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring anew: what `peak_memory_mib` then gives belongs to this training alone."""
-    import torch
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context of a forward pass: autocast to `dtype`, which does nothing for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, so that `peak_memory_mib` is of the training that begins now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        # Linux: forget the peak, so that a process that is used again reports its own training. Where a container
-        # forbids it, the peak is the process's: an upper bound.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+    elif _FORGET_PEAK.exists():  # Linux
+        with contextlib.suppress(OSError):  # where a container forbids it, the peak is the process's: an upper bound
+            _FORGET_PEAK.write_text("5")
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Peak memory since the training began: allocated on the GPU, resident on the CPU; None where it is not known."""
-    import torch
-
+    """Return the peak since `reset_peak_memory`: allocated on the GPU, resident on the CPU; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

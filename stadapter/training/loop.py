@@ -1,6 +1,6 @@
 """The training loop: one, whether it runs in a plain process, under torchrun, or as a Ray Train worker.
 
-    python -m stadapter train --recipe embedded --output runs/try
+    stadapter train --recipe embedded --output runs/try
     torchrun --nproc-per-node 8 -m stadapter train --recipe ssv2_clip_b16 --data-root /data/ssv2 --output runs/ssv2
 
 Every random choice is a function of (seed, step or epoch, clip), never of the process that makes it, and the global
@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,32 +26,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from stadapter import config
 from stadapter.config import Recipe, flatten, identity
 from stadapter.data.bad_clips import BadClips
-from stadapter.data.clips import steps_per_epoch, test_loader, train_loader
+from stadapter.data.clips import steps_per_epoch
 from stadapter.data.lists.formats import ClipList, load_clips
 from stadapter.model import model_file
-from stadapter.model.build import build_model, cast_frozen
 from stadapter.model.cost import cost_of
 from stadapter.model.state import trainable_parameters
 from stadapter.training import hardware
-from stadapter.training.evaluate import evaluate
-from stadapter.training.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
+from stadapter.training.batches import train_steps
+from stadapter.training.evaluate import evaluate_clips
+from stadapter.training.hardware import PRECISIONS, autocast
+from stadapter.training.optim import diverged, dropout_mask, learning_rate, summed_loss
 from stadapter.training.options import TrainOptions
-from stadapter.training.runtime import PRECISIONS, ProcessGroup, make_dataset
-from stadapter.training.state import Clock, Run, TrainComponents
-from stadapter.training.token_cache import kept_splits, open_token_cache
+from stadapter.training.process_group import ProcessGroup
+from stadapter.training.state import Action, Clock, TrainComponents, TrainState, make_components
 from stadapter.trials import provenance, record
-from stadapter.trials.record import ClipsUsed, Record
+from stadapter.trials.record import ClipsUsed, Record, Unreadable
 
 TEST_BATCH_FACTOR = 4  # without a graph, a pass of this many times the clips fits the same memory
 
+Passes = list[dict[str, Any]]  # the batches that make up one process's share of a step
+Report = Callable[[dict[str, Any]], None]
+
 
 class TrainingError(RuntimeError):
-    """The training cannot go on, and its numbers must not be used. One line: what, when, and what to try."""
-
-
-Report = Callable[[dict[str, Any]], None]
+    """The training cannot go on, and its numbers must not be used. One line: the reason, when, and the remedy."""
 
 
 def train(
@@ -63,203 +64,121 @@ def train(
     on_step: Report | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Record:
-    """Train and test one recipe in `folder`, from its last checkpoint if there is one; returns the record.
+    """Train and test one recipe in `folder`, going on from its last checkpoint; returns the record.
 
-    Called by every process of the `group`, which stands already. `on_epoch` is called in every process
-    with the epoch's metrics, `on_step` in rank 0. `should_stop` is asked in rank 0 after every step (and, with a single
-    process, between the batches of a test); when it says so, all processes raise Stopped. A finished folder returns its
-    record without training.
-    Raises ConfigError for what cannot work, a folder of another recipe or of other clips included, TrainingError for a
-    loss that is not finite, and record.WriteError where the folder cannot be written any more.
+    Every process of the `group` calls this, after joining it. `on_epoch` is called in every process with the epoch's
+    metrics, `on_step` in rank 0. `should_stop` is called in rank 0 after every step and between the batches of a test;
+    if it returns True, all processes raise Stopped after that step (in a test, only a single process does). A folder
+    that is finished returns its record without training.
+
+    Raises ConfigError if the recipe and options cannot work or the folder holds another training, TrainingError if a
+    loss is not finite, BadClipsError if too many clips cannot be read, and WriteError if the folder cannot be written.
     """
-    # A process's first optimiser imports it, which takes a second: before the clock runs, it is no training's time.
+    # Import torch._dynamo now: the first optimiser would (1 s), and that must not count as training time.
     from torch import _dynamo  # noqa: F401
 
     train_options, group, clock = train_options or TrainOptions(), group or ProcessGroup(), Clock()
-    optim, data = recipe.optim, recipe.data
-    clips = {split: load_clips(data, train_options.data_root, split) for split in ("train", "val", "test")}
-    seen = {split: clips[split].fingerprint() for split in ("train", "test")}
-    finished = record.read_result(folder)
-    if finished is not None:
-        record.check_config(folder, recipe)
-        record.check_data(folder, finished.fingerprints, seen)
+    clips = {split: load_clips(recipe.data, train_options.data_root, split) for split in ("train", "val", "test")}
+    fingerprints = {split: clips[split].fingerprint() for split in ("train", "test")}
+    if (finished := _finished(folder, recipe, fingerprints)) is not None:
         return finished
+
     hardware.reset_peak_memory(group.device)
-    chosen = hardware.set_up(group.device, optim.precision)
-    epoch_steps = steps_per_epoch(len(clips["train"]), optim.global_batch, data.repeated_augmentation)
+    chosen = hardware.set_up(group.device, recipe.optim.precision)
+    epoch_steps = steps_per_epoch(len(clips["train"]), recipe.optim.global_batch, recipe.data.repeated_augmentation)
     if group.rank == 0:
         record.prepare_folder(folder, recipe)
-    components = _make_components(recipe, train_options, group)
-    token_cache = open_token_cache(
-        components.model, recipe, train_options.token_cache_gb, train_options.decoder, group.device
-    )
-    components = dataclasses.replace(components, token_cache=token_cache)
-    bad = {split: BadClips(split, len(clips[split]), train_options.max_bad_share) for split in ("train", "test")}
-    run = Run(folder, components, bad["train"], seen, epoch_steps, train_options.checkpoint_every_s, should_stop, clock)
-    run.resume()
-    total_steps = optim.epochs * epoch_steps
-    steps = _load_steps(clips["train"], bad["train"], components, train_options, range(run.steps_done, total_steps))
+    components = make_components(recipe, train_options, group)
+    bad = BadClips("train", len(clips["train"]), train_options.max_bad_share)
+    checkpoint_every_s = train_options.checkpoint_every_s
+    state = TrainState(folder, components, bad, fingerprints, epoch_steps, checkpoint_every_s, should_stop, clock)
+    state.resume()
 
-    while run.epochs_done < optim.epochs:
-        epoch_metrics = _train_epoch(run, steps, on_step)
+    to_do = range(state.steps_done, state.total_steps)
+    rows = components.token_cache.open_rows(clips["train"]) if components.token_cache and to_do else None
+    steps = train_steps(clips["train"], bad, recipe, train_options, group, to_do, rows)
+    while state.epochs_done < recipe.optim.epochs:
+        metrics = train_epoch(state, steps, on_step)
         if group.world_size > 1:
-            bad["train"].gather()
-        of_val = BadClips("val", len(clips["val"]), train_options.max_bad_share)
-        validation = _test(run, clips["val"], of_val, train_options, all_views=False)
-        metrics = {
-            **epoch_metrics,
-            **{f"val_{name}": value for name, value in validation.items()},
-            "seconds": run.clock.seconds(),
-            "time": time.time(),
-        }
-        run.end_epoch(metrics)
+            bad.gather()
+        metrics |= _validate(state, clips["val"], train_options)
+        metrics |= {"seconds": clock.seconds(), "time": time.time()}
+        state.end_epoch(metrics)
         if on_epoch is not None:
             on_epoch(metrics)
 
-    tested = _test(run, clips["test"], bad["test"], train_options, all_views=True)
-    cost = cost_of(recipe)
-    result = Record(
-        trial_id=identity(recipe),
-        recipe=flatten(recipe),
-        metrics=tested,
-        epoch=optim.epochs,
-        # The last step may break the weights behind the last training loss.
-        diverged=not math.isfinite(tested["loss"])
-        or diverged(
-            [line["train_loss"] for line in record.read_metrics(folder)], *(data.label_groups or [data.num_classes])
-        ),
-        **dataclasses.asdict(cost),
-        views=data.test_temporal_views * data.test_spatial_views,
-        seconds=run.clock.seconds(),
-        cpu_seconds=run.clock.cpu_seconds(),
-        launches=run.launches,
-        peak_memory_mib=hardware.peak_memory_mib(group.device),
-        device=hardware.device_name(group.device),
-        processes=group.world_size,
-        threads=torch.get_num_threads(),
-        precision=optim.precision,
-        chosen=chosen,
-        compiled=train_options.compile,
-        recomputed=train_options.recompute,
-        prefix_cache=token_cache.summary() if token_cache else None,
-        bad_clips={split: found.summary() for split, found in bad.items()},
-        data={split: ClipsUsed(fingerprint, len(clips[split])) for split, fingerprint in seen.items()},
-        decoder="pyav" if train_options.decoder == "auto" else train_options.decoder,
-        started=run.clock.began,
-        finished=time.time(),
-        **provenance.provenance(),
-    )
+    tested, bad_tested = _test(state, recipe, clips["test"], train_options)
+    result = _make_record(state, train_options, clips, tested, bad_tested, chosen)
     if group.rank == 0:
-        model_file.save(
-            folder / record.TRAINED,
-            components.model,
-            recipe,
-            frozen_sha256=components.frozen_sha256,
-            data=result.to_json()["data"],
-            metrics=tested,
-            class_names=clips["test"].class_names,
-        )
-        record.write_result(folder, result)
+        _write(state, result, clips["test"].class_names)
     return result
 
 
-def _make_components(recipe: Recipe, train_options: TrainOptions, group: ProcessGroup) -> TrainComponents:
-    optim = recipe.optim
-    model = build_model(recipe, weights_file=train_options.weights_file)
-    frozen_sha256 = model_file.frozen_digest(model) if group.rank == 0 else ""
-    model = model.to(group.device)
-    model.recompute = train_options.recompute
-    if train_options.compile:
-        model.compile()
-    if optim.precision != "float32":
-        cast_frozen(model, PRECISIONS[optim.precision])
-    replica: torch.nn.Module = model
-    if group.world_size > 1:
-        devices = [group.device.index] if group.device.type == "cuda" else None
-        # Only what is trained has a gradient, so only that is reduced. Every process builds the same weights from the
-        # same seed or file; DistributedDataParallel still sends rank 0's once, which rules out a mix.
-        replica = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    scaler = torch.amp.GradScaler(group.device.type, enabled=optim.precision == "float16")
-    return TrainComponents(recipe, group, model, replica, make_optimizer(model, optim), scaler, frozen_sha256)
+def _finished(folder: Path, recipe: Recipe, fingerprints: Mapping[str, str]) -> Record | None:
+    """Return the record of a finished folder, else None. Raises ConfigError if it is of another training."""
+    finished = record.read_result(folder)
+    if finished is not None:
+        record.check_config(folder, recipe)
+        record.check_data(folder, finished.fingerprints, fingerprints)
+    return finished
 
 
-def _load_steps(
-    clips: ClipList, bad: BadClips, components: TrainComponents, train_options: TrainOptions, steps: range
-) -> Iterator[list[dict[str, Any]]]:
-    """This process's share of each global batch, as the list of passes that fit its memory."""
-    recipe, group = components.recipe, components.group
-    share = recipe.optim.global_batch // group.world_size
-    clips_per_pass = min(train_options.clips_per_pass or share, share)
-    rows = components.token_cache.open_rows(clips) if components.token_cache else None
-    batches = bad.watch(
-        train_loader(
-            make_dataset(clips, recipe.data, recipe.seed, train_options, train=True, rows=rows),
-            recipe.optim.global_batch,
-            steps=steps,
-            rank=group.rank,
-            world_size=group.world_size,
-            micro_batch=clips_per_pass,
-            num_workers=train_options.num_workers,
-            pin_memory=group.device.type == "cuda",
-            remote_loader=train_options.remote_loader,
-        )
-    )
-    passes = math.ceil(share / clips_per_pass)
-    for _ in steps:
-        yield [next(batches) for _ in range(passes)]
-
-
-def _train_epoch(run: Run, steps: Iterator[list[dict[str, Any]]], on_step: Report | None) -> dict[str, Any]:
-    """What is left of one pass over the training clips; the epoch's metrics, equal in every process."""
-    components, epoch, epoch_steps = run.components, run.epochs_done, run.epoch_steps
-    optim, group = components.recipe.optim, components.group
-    total_steps, warmup_steps = optim.epochs * epoch_steps, round(optim.warmup_epochs * epoch_steps)
-    first_step = run.steps_done
-    components.model.train()
-    rate = learning_rate(first_step - 1, total_steps, warmup_steps, optim.peak_lr) if first_step else 0.0
-    started, seconds_before = time.time(), run.epoch_seconds
-    for passes in itertools.islice(steps, (epoch + 1) * epoch_steps - first_step):
-        step = run.steps_done
-        rate = learning_rate(step, total_steps, warmup_steps, optim.peak_lr)
-        for param_group in components.optimizer.param_groups:
-            param_group["lr"] = rate * param_group["lr_factor"]
-        loss_and_wish = torch.stack([_backward(components, passes, step).double(), run.wish()])
-        if group.world_size > 1:
-            dist.all_reduce(loss_and_wish)  # at once: all processes stop at the same step, none waits for one that has
-        loss, wish = loss_and_wish.tolist()
-        run.loss_sum += loss
-        if not math.isfinite(mean_loss := loss / optim.global_batch):
-            raise TrainingError(
-                f"the loss became {mean_loss} at step {step} (epoch {epoch + 1}, learning rate {rate:.2g}); "
-                "lower optim.base_lr, lengthen optim.warmup_epochs or set optim.clip_norm"
-            )
-        if optim.clip_norm is not None:
-            components.scaler.unscale_(components.optimizer)
-            torch.nn.utils.clip_grad_norm_(trainable_parameters(components.model).values(), optim.clip_norm)
-        components.scaler.step(components.optimizer)
-        components.scaler.update()
-        components.optimizer.zero_grad(set_to_none=True)
-        run.steps_done += 1
-        run.epoch_seconds = seconds_before + time.time() - started
+def train_epoch(state: TrainState, steps: Iterator[Passes], on_step: Report | None) -> dict[str, Any]:
+    """Take the steps that are left of an epoch; returns its metrics, equal in every process."""
+    group, optim = state.components.group, state.components.recipe.optim
+    first_step, seconds_before, started = state.steps_done, state.epoch_seconds, time.time()
+    state.components.model.train()
+    for passes in itertools.islice(steps, (state.epochs_done + 1) * state.epoch_steps - first_step):
+        mean_loss, action = _train_step(state, passes)
+        state.epoch_seconds = seconds_before + time.time() - started
         if on_step is not None and group.rank == 0:
-            pace_s = (time.time() - started) / (run.steps_done - first_step)
-            left_s = pace_s * (total_steps - run.steps_done)
-            clips_per_s = optim.global_batch / pace_s
-            on_step({"epoch": epoch + 1, "loss": mean_loss, "clips_per_s": clips_per_s, "left_s": left_s})
-        run.obey(wish)
-    clips = epoch_steps * optim.global_batch
+            on_step(_progress(state, mean_loss, (time.time() - started) / (state.steps_done - first_step)))
+        state.act_on(action)
+    clips = state.epoch_steps * optim.global_batch
     return {
-        "epoch": epoch + 1,
-        "step": run.steps_done,
-        "train_loss": run.loss_sum / clips,
-        "lr": rate,
-        "clips_per_s": clips / run.epoch_seconds,
+        "epoch": state.epochs_done + 1,
+        "step": state.steps_done,
+        "train_loss": state.loss_sum / clips,
+        "lr": _rate(state, state.steps_done - 1),
+        "clips_per_s": clips / state.epoch_seconds,
     }
 
 
-def _backward(components: TrainComponents, passes: list[dict[str, Any]], step: int) -> Tensor:
-    """Gradients of the mean loss of the global batch; returns the sum of this process's losses, float32 []."""
-    recipe, group = components.recipe, components.group
+def _train_step(state: TrainState, passes: Passes) -> tuple[float, Action]:
+    """Take one optimiser step; returns the mean loss of the global batch, and the action that all processes take."""
+    components, step = state.components, state.steps_done
+    optim = components.recipe.optim
+    rate = _rate(state, step)
+    for param_group in components.optimizer.param_groups:
+        param_group["lr"] = rate * param_group["lr_factor"]
+    loss = _backward(components, passes, step)
+    loss_sum, action = _sum_over_processes(loss, state.next_action(), components.group)
+    state.loss_sum += loss_sum
+    mean_loss = loss_sum / optim.global_batch
+    if not math.isfinite(mean_loss):
+        raise TrainingError(
+            f"the loss became {mean_loss} at step {step} (epoch {state.epochs_done + 1}, learning rate {rate:.2g}); "
+            "lower optim.base_lr, lengthen optim.warmup_epochs or set optim.clip_norm"
+        )
+    if optim.clip_norm is not None:
+        components.scaler.unscale_(components.optimizer)
+        torch.nn.utils.clip_grad_norm_(trainable_parameters(components.model).values(), optim.clip_norm)
+    components.scaler.step(components.optimizer)
+    components.scaler.update()
+    components.optimizer.zero_grad(set_to_none=True)
+    state.steps_done += 1
+    return mean_loss, action
+
+
+def _rate(state: TrainState, step: int) -> float:
+    optim = state.components.recipe.optim
+    warmup_steps = round(optim.warmup_epochs * state.epoch_steps)
+    return learning_rate(step, state.total_steps, warmup_steps, optim.peak_lr)
+
+
+def _backward(components: TrainComponents, passes: Passes, step: int) -> Tensor:
+    """Add up the gradients of the global batch's mean loss; returns the sum of this process's losses, float32 []."""
+    recipe, group, replica = components.recipe, components.group, components.replica
     optim, dtype = recipe.optim, PRECISIONS[recipe.optim.precision]
     masks_GD = None
     if optim.head_dropout > 0:
@@ -268,17 +187,11 @@ def _backward(components: TrainComponents, passes: list[dict[str, Any]], step: i
     for number, batch in enumerate(passes, start=1):
         label_B = batch["label"].to(group.device, non_blocking=True)
         mask_BD = None if masks_GD is None else masks_GD[batch["position"]].to(group.device, non_blocking=True)
-        replica = components.replica
         accumulate_only = number < len(passes) and isinstance(replica, DistributedDataParallel)
         # Gradients are exchanged once per step, with the last pass.
         with replica.no_sync() if accumulate_only else nullcontext():  # type: ignore[operator]  # checked just above
-            with torch.autocast(group.device.type, dtype, enabled=dtype != torch.float32):
-                if components.token_cache is None:
-                    logits_BK = replica(batch["pixels"].to(group.device, non_blocking=True), mask_BD)
-                else:
-                    logits_BK = replica(
-                        components.token_cache.tokens(batch, "train"), mask_BD, components.token_cache.blocks
-                    )
+            with autocast(group.device, dtype):
+                logits_BK = _logits(components, batch, mask_BD)
             loss = summed_loss(logits_BK.float(), label_B, recipe.data.label_groups, optim.label_smoothing)
             # DistributedDataParallel averages over processes: the factor makes it the mean over the global batch.
             components.scaler.scale(loss * (group.world_size / optim.global_batch)).backward()
@@ -286,43 +199,114 @@ def _backward(components: TrainComponents, passes: list[dict[str, Any]], step: i
     return loss_sum
 
 
-def _test(
-    run: Run, clips: ClipList, bad: BadClips, train_options: TrainOptions, *, all_views: bool
-) -> dict[str, float]:
-    components = run.components
-    recipe, group = components.recipe, components.group
-    data = recipe.data
-    if not all_views:
-        data = dataclasses.replace(data, test_temporal_views=1, test_spatial_views=1)
-    views = data.test_temporal_views * data.test_spatial_views
-    share = max(1, recipe.optim.global_batch // group.world_size)
-    clips_at_once = max(1, min(train_options.clips_per_pass or share, share) * TEST_BATCH_FACTOR // views)
-    rows = logits_of = None
-    if (token_cache := components.token_cache) is not None and clips.split in kept_splits(data):
-        rows = token_cache.open_rows(clips)
+def _logits(components: TrainComponents, batch: dict[str, Any], mask_BD: Tensor | None) -> Tensor:
+    cache = components.token_cache
+    if cache is None:
+        pixels = batch["pixels"].to(components.group.device, non_blocking=True)
+        logits_BK: Tensor = components.replica(pixels, mask_BD)
+    else:
+        logits_BK = components.replica(cache.tokens(batch, "train"), mask_BD, cache.blocks)
+    return logits_BK
 
-        def logits_of(batch: dict[str, Any]) -> Tensor:
-            return components.model(token_cache.tokens(batch, clips.split), start=token_cache.blocks).unsqueeze(1)
 
-    batches = test_loader(
-        make_dataset(clips, data, recipe.seed, train_options, train=False, rows=rows),
-        clips_at_once,
-        rank=group.rank,
-        world_size=group.world_size,
-        num_workers=train_options.num_workers,
-        pin_memory=group.device.type == "cuda",
-        remote_loader=train_options.remote_loader,
-    )
-    result = evaluate(
-        components.model,
-        run.interruptible(bad.watch(batches)),
-        group.device,
-        PRECISIONS[recipe.optim.precision],
-        opposite_pairs=any(clips.reversed),
-        label_groups=data.label_groups,
-        distributed=group.world_size > 1,
-        logits_of=logits_of,
-    )
+def _sum_over_processes(loss: Tensor, action: Action, group: ProcessGroup) -> tuple[float, Action]:
+    """Return the loss summed over all processes, and rank 0's action.
+
+    Both travel in one exchange, so all processes stop at the same step and none waits for one that has stopped.
+    """
+    both = torch.stack([loss.double(), torch.tensor(float(action), dtype=torch.float64, device=group.device)])
     if group.world_size > 1:
-        bad.gather()
-    return result
+        dist.all_reduce(both)
+    loss_sum, agreed = both.tolist()
+    return loss_sum, Action(int(agreed))
+
+
+def _progress(state: TrainState, mean_loss: float, step_s: float) -> dict[str, Any]:
+    return {
+        "epoch": state.epochs_done + 1,
+        "loss": mean_loss,
+        "clips_per_s": state.components.recipe.optim.global_batch / step_s,
+        "left_s": step_s * (state.total_steps - state.steps_done),
+    }
+
+
+def _validate(state: TrainState, clips: ClipList, train_options: TrainOptions) -> dict[str, float]:
+    """Return the metrics of the validation clips, one view of each; their names begin with `val_`."""
+    recipe = config.replace(state.components.recipe, **{"data.test_temporal_views": 1, "data.test_spatial_views": 1})
+    metrics, _ = _test(state, recipe, clips, train_options)
+    return {f"val_{name}": value for name, value in metrics.items()}
+
+
+def _test(
+    state: TrainState, recipe: Recipe, clips: ClipList, train_options: TrainOptions
+) -> tuple[dict[str, float], Unreadable]:
+    components, group = state.components, state.components.group
+    share = max(1, recipe.optim.global_batch // group.world_size)
+    views = recipe.data.test_temporal_views * recipe.data.test_spatial_views
+    clips_per_pass = max(1, min(train_options.clips_per_pass or share, share) * TEST_BATCH_FACTOR // views)
+    return evaluate_clips(
+        components.model,
+        recipe,
+        clips,
+        train_options,
+        group,
+        clips_per_pass,
+        token_cache=components.token_cache,
+        watch=state.stoppable,
+    )
+
+
+def _make_record(
+    state: TrainState,
+    train_options: TrainOptions,
+    clips: Mapping[str, ClipList],
+    tested: dict[str, float],
+    bad_tested: Unreadable,
+    chosen: str,
+) -> Record:
+    """Return the record of a training that has been tested."""
+    components = state.components
+    recipe, group, data = components.recipe, components.group, components.recipe.data
+    train_losses = [line["train_loss"] for line in record.read_metrics(state.folder)]
+    has_diverged = diverged(train_losses, *(data.label_groups or [data.num_classes]))
+    return Record(
+        trial_id=identity(recipe),
+        recipe=flatten(recipe),
+        metrics=tested,
+        epoch=recipe.optim.epochs,
+        diverged=has_diverged or not math.isfinite(tested["loss"]),  # the last step may break the weights
+        **dataclasses.asdict(cost_of(recipe)),
+        views=data.test_temporal_views * data.test_spatial_views,
+        seconds=state.clock.seconds(),
+        cpu_seconds=state.clock.cpu_seconds(),
+        launches=state.launches,
+        peak_memory_mib=hardware.peak_memory_mib(group.device),
+        device=hardware.device_name(group.device),
+        processes=group.world_size,
+        threads=torch.get_num_threads(),
+        precision=recipe.optim.precision,
+        chosen=chosen,
+        compiled=train_options.compile,
+        recomputed=train_options.recompute,
+        prefix_cache=components.token_cache.summary() if components.token_cache else None,
+        bad_clips={"train": state.bad_clips.summary(), "test": bad_tested},
+        data={split: ClipsUsed(fingerprint, len(clips[split])) for split, fingerprint in state.fingerprints.items()},
+        decoder="pyav" if train_options.decoder == "auto" else train_options.decoder,
+        started=state.clock.began,
+        finished=time.time(),
+        **provenance.provenance(),
+    )
+
+
+def _write(state: TrainState, result: Record, class_names: tuple[str, ...]) -> None:
+    """Write the model file, then the record, which makes the folder count as finished."""
+    model_file.save(
+        state.folder / record.TRAINED,
+        state.components.model,
+        state.components.recipe,
+        frozen_sha256=state.components.frozen_sha256,
+        data=result.to_json()["data"],
+        metrics=result.metrics,
+        class_names=class_names,
+    )
+    record.write_result(state.folder, result)

@@ -19,7 +19,10 @@ from stadapter.model.state import trainable_parameters
 
 
 def summed_loss(logits_BK: Tensor, label_B: Tensor, groups: tuple[int, int] | None, smoothing: float) -> Tensor:
-    """Cross-entropy summed over clips, []; with `groups`, labels are [B, 2] and each group of classes has a loss."""
+    """Return the cross-entropy summed over clips, [].
+
+    With `groups`, labels are [B, 2], each group of classes has a loss, and these are added.
+    """
     if groups is None:
         return F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing, reduction="sum")
     heads = zip(logits_BK.split(groups, dim=1), label_B.unbind(1), strict=True)
@@ -27,7 +30,7 @@ def summed_loss(logits_BK: Tensor, label_B: Tensor, groups: tuple[int, int] | No
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Rate of 0-based `step`: linear from peak / warmup_steps to peak, then half a cosine down to 0."""
+    """Return the rate of 0-based `step`: linear from peak / warmup_steps to peak, then half a cosine down to 0."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -35,7 +38,7 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
 
 
 def make_optimizer(model: VideoClassifier, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained and nothing else, without decay on biases and norms.
+    """Return AdamW over the trained parameters, without decay on biases and norms.
 
     Each group's rate is the schedule's times its `lr_factor`: `optim.backbone_lr_factor` for the backbone.
     """
@@ -54,19 +57,19 @@ def make_optimizer(model: VideoClassifier, optim: OptimConfig) -> torch.optim.Ad
 
 
 def diverged(train_losses: Sequence[float], *num_classes: int) -> bool:
-    """Whether the last epoch's mean loss is no better than guessing's, ln K: within 2 % of it, or above.
+    """Return True if the last epoch's mean loss is above 0.98 ln K, that is, no better than guessing, or is NaN.
 
-    `num_classes` is one K per head, whose losses are summed. Such an accuracy says nothing about the arm. A rate that
-    is too high is the usual cause; a task that cannot be learned by construction (two classes that only time tells
-    apart, and no temporal kernel) looks the same.
+    `num_classes` is one K per head, whose losses are summed. The accuracy of such a training says nothing about its
+    arm. A rate that is too high is the usual cause; a task that cannot be learned by construction (two classes that
+    only time tells apart, and no temporal kernel) looks the same.
     """
     return not train_losses[-1] < 0.98 * sum(map(math.log, num_classes))
 
 
 def dropout_mask(seed: int, step: int, global_batch: int, width: int, p: float) -> Tensor:
-    """What the head's input is multiplied by in one step: [G, D] of 0 and 1 / (1 - p), float32.
+    """Return the factors of the head's input in one step: float32 [G, D] of 0 and 1 / (1 - p).
 
-    Drawn for the whole global batch, so that a clip meets the same mask in whichever process it is computed.
+    They are drawn for the whole global batch, so a clip has the same mask in whichever process computes it.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "dropout", step))
     keep_GD = torch.rand(global_batch, width, generator=generator) >= p

@@ -1,6 +1,6 @@
-"""How a training runs: places, processes, memory and caches. Nothing here may change its numbers.
+"""The options of how a training runs: places, processes, memory and caches.
 
-Light to import: command lines print these defaults in their help.
+Light to import, since command lines print these defaults in their help.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ DEFAULT_MAX_BAD_SHARE = 0.05
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Where and how a training runs: nothing here may change its numbers."""
+    """Where and how a training runs: changes numbers by rounding at most, and is no part of a trial's identity."""
 
-    data_root: str | Path | None = None  # a folder or an address
+    data_root: str | Path | None = None  # a folder, or an address such as s3://...
     weights_file: Path | None = None
     num_workers: int = 0  # loader processes per training process; 0 decodes in the loop
     clips_per_pass: int | None = None  # upper bound per process, for memory; None: its share of the global batch
     max_bad_share: float = DEFAULT_MAX_BAD_SHARE  # of a list's clips; above it, unreadable clips stop the training
-    clip_time_limit_s: float = DEFAULT_TIME_LIMIT_S  # after which reading a clip is given up
-    local_copies_gb: float = DEFAULT_LOCAL_COPIES_GB  # local copies of clips that lie at addresses
+    clip_time_limit_s: float = DEFAULT_TIME_LIMIT_S  # a clip that takes longer to read counts as unreadable
+    local_copies_gb: float = DEFAULT_LOCAL_COPIES_GB  # on this node's disk, of clips that lie at addresses
     decoder: Backend = "auto"
     cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
     remote_loader: RemoteLoader | None = None  # makes batches on other machines, in place of loader processes
-    checkpoint_every_s: float = DEFAULT_CHECKPOINT_EVERY_S  # in an epoch; 0: every step
+    checkpoint_every_s: float = DEFAULT_CHECKPOINT_EVERY_S  # within an epoch; 0: every step
     token_cache_gb: float = 0  # tokens behind frozen blocks, on this node's disk; 0 keeps none
     recompute: bool = False  # the MLPs' activations in the backward pass: less memory, more time, the same bits
-    compile: bool = False  # by torch.compile: minutes at the start, and other rounding
+    compile: bool = False  # by torch.compile: minutes at the start, and numbers that differ by rounding
 
     def __post_init__(self) -> None:
         if self.clips_per_pass is not None and self.clips_per_pass < 1:

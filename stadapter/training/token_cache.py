@@ -1,19 +1,18 @@
-"""The tokens that leave the frozen lower blocks of a depth arm, computed once per clip and kept on this node's disk.
+"""The token cache: what leaves a model's frozen lower blocks, computed once per clip and kept on this node's disk.
 
-What is computed below the first trained or adapted block depends on the clip's pixels and the frozen weights alone.
-Where a clip has the same pixels in every epoch (`check_pixels`), so do its tokens: later epochs, other seeds, and other
-arms of the same depth read them, and neither decode the clip nor compute those blocks. The tokens of a clip are
-computed from it alone, never together with others, so it does not matter to any bit of a training which of them were
-there when it began.
+Below the first trained or adapted block, tokens depend on the clip's pixels and the frozen weights alone. A clip that
+has the same pixels in every epoch (`check_pixels`) has the same tokens: later epochs, other seeds and other arms of the
+same depth read them, and neither decode the clip nor compute those blocks. The tokens of a clip are computed from it
+alone, never in a batch with others, so no bit of a training depends on which of them were there when it began.
 
-One file holds the rows of one list of clips, for one frozen prefix:
+One file holds the rows of one list of clips, for one set of frozen blocks:
 
     header   magic, number of rows, T, S, D, name of the type
     marks    uint64 per clip: 0 while its row is missing, else 2^32 + the CRC-32 of its file's identity and its bytes
     rows     tokens [clips, T, S, D]
 
-A mark is written after its row, and checked against it and the clip's file when it is read: a row cut short, damaged,
-or of a file that has changed since is computed again. Two processes that write a row write the same bytes.
+A mark is written after its row, and checked against the row and the clip's file when they are read. A row that is cut
+short, damaged, or of a file that has changed is computed again. Two processes that write a row write the same bytes.
 
 Shapes: B clips, T frames, S = 1 + N tokens (CLS alone where nothing else is read), D width.
 """
@@ -50,12 +49,12 @@ FIXED: dict[str, Any] = {
     "random_erasing": 0.0,
     "repeated_augmentation": 1,
 }
-# Those that decide the pixels of a clip then. The others say which clips there are, and what is made of the logits.
+# Fields that decide the pixels of a clip then. The others decide which clips there are, and how logits are counted.
 PIXELS = ("num_frames", "frame_size", "sampling", "frame_stride", "decoded_short_side", "resize")
 
 
 def check_pixels(recipe: Recipe) -> None:
-    """ConfigError unless a clip of this recipe has the same pixels in every epoch, and its blocks are the package's."""
+    """Raise ConfigError unless a clip has the same pixels in every epoch, and its blocks are the package's own."""
     random = {name: value for name, value in FIXED.items() if getattr(recipe.data, name) != value}
     if random:
         name = next(iter(random))
@@ -72,26 +71,26 @@ def check_pixels(recipe: Recipe) -> None:
 
 
 def kept_splits(data: DataConfig) -> tuple[str, ...]:
-    """The lists whose tokens are kept. A test of several views happens once, and its clips are computed as ever."""
+    """Return the splits whose tokens are kept: not the test if it has several views, since it happens only once."""
     one_view = data.test_temporal_views * data.test_spatial_views == 1
     return ("train", "val", "test") if one_view else ("train", "val")
 
 
 @dataclass
 class TokenCache:
-    """The frozen lower blocks of a model in training, `blocks` of them, and the rows of its lists of clips."""
+    """The rows of each list of clips, and the model whose lowest `blocks` blocks fill them."""
 
     model: VideoClassifier
     blocks: int
     shape: tuple[int, int, int]  # (T, S, D) of a clip's tokens
-    key: dict[str, Any]  # what tokens depend on besides the clips
+    key: dict[str, Any]  # everything besides the clips that tokens depend on
     limit_bytes: int
     device: torch.device
     rows: dict[str, Rows] = field(default_factory=dict)  # by split
-    found: dict[str, int] = field(default_factory=dict)  # rows that were there at the start
+    found: dict[str, int] = field(default_factory=dict)  # rows that were there at the start, by split
 
     def open_rows(self, clips: ClipList) -> Rows:
-        """The rows of this list, opened once."""
+        """Return the rows of this list, which are opened once."""
         if clips.split not in self.rows:
             is_train = clips.split == "train"  # other lists may name the same clips: they share their rows
             text = json.dumps([self.key, clips.root, clips.fingerprint(), is_train], sort_keys=True)
@@ -101,7 +100,10 @@ class TokenCache:
         return self.rows[clips.split]
 
     def tokens(self, batch: dict[str, Any], split: str) -> Tensor:
-        """[B, T, S, D] of a batch of `ClipDataset`'s items with the split's rows: as read, or computed and kept."""
+        """Return the tokens of a batch, [B, T, S, D]: those that were read, and those that are computed and kept now.
+
+        The batch is of `ClipDataset`'s items with the split's rows.
+        """
         is_kept = batch["cached"].tolist()
         if all(is_kept):
             kept: Tensor = batch["tokens"]
@@ -117,14 +119,17 @@ class TokenCache:
         return torch.stack([next(known).to(self.device) if kept else next(remaining) for kept in is_kept])
 
     def summary(self) -> TokensUsed:
-        """Return what a record holds, since times depend on it: rows at the start of this launch, and at its end."""
+        """Return the rows at the start of this launch and now. A record holds them, since its times depend on them."""
         return TokensUsed(self.blocks, {split: rows.count() for split, rows in self.rows.items()}, dict(self.found))
 
 
 def open_token_cache(
     model: VideoClassifier, recipe: Recipe, gigabytes: float, decoder: str, device: torch.device
 ) -> TokenCache | None:
-    """What a training with the flag keeps tokens by; None where nothing is to be kept. ConfigError: `check_pixels`."""
+    """Return the token cache of a training, or None without the flag or without frozen lower blocks.
+
+    Raises ConfigError if the recipe's tokens cannot be kept (`check_pixels`).
+    """
     if not gigabytes:
         return None
     check_pixels(recipe)
@@ -145,23 +150,19 @@ def open_token_cache(
 
 
 def tokens_shape(model: VideoClassifier, recipe: Recipe) -> tuple[int, int, int]:
-    """(T, S, D) of a clip's tokens behind the model's frozen blocks."""
+    """Return (T, S, D) of a clip's tokens behind the model's frozen blocks."""
     shape = model.vit.shape
     cls_only = model.frozen_blocks() == shape.depth and model.reads_cls_only()
     return recipe.data.num_frames, 1 if cls_only else 1 + shape.num_patches, shape.width
 
 
 def describe(recipes: Sequence[Recipe], gigabytes: float, clips: int | None = None) -> list[str]:
-    """What the user should know before it starts: a line for all of them, and one for each depth.
+    """Return lines for the user: where tokens are kept, the bytes per clip of each depth, and if they fit the limit.
 
     With the number of `clips` to keep, also the disk that they need.
     """
-    found: dict[tuple[int, int], int] = {}  # (blocks, depth) -> bytes per clip
-    for recipe in recipes:
-        model = meta_model(recipe)
-        T, S, D = tokens_shape(model, recipe)
-        found[model.frozen_blocks(), model.vit.shape.depth] = 4 * T * S * D
-    lines = [f"prefix cache: {cache_folder('prefix')}, at most {gigabytes:g} GB per node"]
+    found = dict(_bytes_per_clip(recipe) for recipe in recipes)
+    lines = [f"token cache: {cache_folder('prefix')}, at most {gigabytes:g} GB per node"]
     for (blocks, depth), row_bytes in sorted(found.items()):
         if not blocks:
             lines.append("  trained from the first block on: nothing to keep, computed as without the flag")
@@ -175,8 +176,15 @@ def describe(recipes: Sequence[Recipe], gigabytes: float, clips: int | None = No
     return lines
 
 
+def _bytes_per_clip(recipe: Recipe) -> tuple[tuple[int, int], int]:
+    """Return (frozen blocks, all blocks) of the recipe's model, and the bytes of a clip's tokens in float32."""
+    model = meta_model(recipe)
+    T, S, D = tokens_shape(model, recipe)
+    return (model.frozen_blocks(), model.vit.shape.depth), 4 * T * S * D
+
+
 def _digest(model: VideoClassifier, blocks: int) -> str:
-    """SHA-256 over all that the tokens behind the lowest blocks are computed with."""
+    """Return the SHA-256 of all tensors that the tokens behind the lowest blocks are computed with."""
     vit, digest = model.vit, hashlib.sha256()
     above = ("norm.", *(f"blocks.{index}." for index in range(blocks, len(vit.blocks))))
     tensors = [(name, t) for name, t in [*vit.named_parameters(), *vit.named_buffers()] if not name.startswith(above)]

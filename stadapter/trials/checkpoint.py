@@ -1,8 +1,8 @@
-"""What a training leaves behind to go on from: two generations, each with its checksum.
+"""The checkpoints of a training: two generations, each with its checksum.
 
 A new checkpoint is complete on the disk before the last one becomes `checkpoint.previous.pt`, and only then takes its
-place. Whatever dies in between, one of the two is whole; one that is not is told by its checksum, set aside and never
-loaded. Reading executes nothing that a file says (`weights_only`).
+place. So one of the two is whole whatever dies in between. A broken one is recognised by its checksum, set aside and
+never loaded. Loading a checkpoint executes no code from it (`weights_only`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from stadapter.trials import files, record
 
 PREVIOUS = "checkpoint.previous.pt"
-_DIGEST_BYTES = hashlib.sha256().digest_size  # at the end of the file, behind what torch.save wrote
+_DIGEST_BYTES = hashlib.sha256().digest_size  # at the end of the file, after torch.save's bytes
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write the newest checkpoint, and keep the one before. record.WriteError leaves both as they were."""
+    """Write the newest checkpoint, and keep the one before. Raises WriteError, with both as they were, if it fails."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -33,7 +33,10 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
 
 def set_broken_aside(folder: Path) -> list[str]:
-    """Rename what is no whole checkpoint to `*.broken`; returns why, one line each. Called by one process."""
+    """Rename broken checkpoints to `*.broken`; returns a line about each, and one about how the training goes on.
+
+    Only the folder's one writer may call this.
+    """
     notes = []
     for name in (record.CHECKPOINT, PREVIOUS):
         path = folder / name
@@ -48,7 +51,7 @@ def set_broken_aside(folder: Path) -> list[str]:
 
 
 def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest whole checkpoint; None where there is none."""
+    """Return the newest whole checkpoint, or None if there is none."""
     for name in (record.CHECKPOINT, PREVIOUS):
         if (content := _content(folder / name)) is not None:
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
@@ -56,10 +59,10 @@ def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def _content(path: Path) -> bytes | None:
-    """What was saved; None unless it is there and its checksum is right."""
+    """Return the bytes that were saved, or None if the file is missing or its checksum is wrong."""
     try:
         stored = path.read_bytes()
-    except FileNotFoundError:  # or between two names: whoever only watches a training may come at that moment
+    except FileNotFoundError:  # or being renamed, when a process that only watches reads it
         return None
     content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
     return content if hashlib.sha256(content).digest() == digest else None

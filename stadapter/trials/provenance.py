@@ -1,4 +1,4 @@
-"""What a record says about the code and the libraries that made it."""
+"""Provenance: the code, the libraries and the machine that made a record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _LIBRARIES = (
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Library versions, code version and machine: what a reader needs to judge or repeat a number."""
+    """Return the fields of a record that a reader needs to judge or repeat its numbers.
+
+    These are `versions` by library, `git_commit`, `git_dirty` and `host`.
+    """
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
         try:
@@ -38,9 +41,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _git() -> tuple[str, bool]:
-    """Commit of the source tree this package runs from, and whether it has changes.
+    """Return the commit of the source tree that this package runs from, and True if the tree has changes.
 
-    Outside of one: what the job was submitted from, where it is one (`stadapter.cluster.submit.job`), else "unknown".
+    Outside a source tree, a submitted job knows its commit (`stadapter.cluster.submit.job`); else it is "unknown".
     """
     here = Path(__file__).resolve().parent
 

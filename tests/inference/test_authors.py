@@ -1,4 +1,4 @@
-"""The authors' checkpoints, to files of this package and back: the same function, and the same bits."""
+"""The authors' checkpoints become files of this package and come back: the same logits, and the same bits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def golden(request: Any) -> Golden:
 
 
 def rounded(golden: Golden) -> torch.Tensor:
-    """The golden model's logits with its backbone rounded to half precision, as the authors' code rounds it."""
+    """Return the golden model's logits with its backbone rounded to half precision, as in the authors' code."""
     model = golden.model()
     for parameter in model.vit.parameters():
         parameter.data = parameter.data.half().float()
@@ -87,7 +87,7 @@ def test_a_checkpoint_without_its_backbone_takes_it_as_their_code_does(golden: G
 
 
 def published(recipe: Recipe) -> dict[str, torch.Tensor]:
-    """The trained tensors of the authors' model for this recipe, their shapes alone."""
+    """Return the trained tensors of the authors' model for this recipe, without values."""
     c, state = recipe.adapter, {}
     places = [
         place

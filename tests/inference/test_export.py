@@ -1,4 +1,4 @@
-"""Exported files: the model's logits to 1e-5, for any number of clips, without a line of this package."""
+"""Exported files give the model's logits to 1e-5, for any number of clips, without a line of this package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Trained = tuple[VideoClassifier, Recipe, Path]
 
 
 def trained(folder: Path, stem: str, **fields: Any) -> Trained:
-    """The first two layers of a golden model (tracing takes a second per layer), the recipe, and the file."""
+    """Return the first two layers of a golden model (tracing takes a second per layer), the recipe and the file."""
     golden = Golden(next(file for file in FILES if file.stem == stem))
     golden.state = {name: tensor for name, tensor in golden.state.items() if "resblocks.2." not in name}
     base = config.replace(golden_recipe(2), **{"data.num_frames": 4} | fields)
@@ -44,7 +44,7 @@ def trained(folder: Path, stem: str, **fields: Any) -> Trained:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """With adapters of 3x3x3 before and after attention."""
+    """The golden model with adapters of 3x3x3 before and after attention."""
     return trained(tmp_path_factory.mktemp("trained"), "both_k3x3x3")
 
 
@@ -85,14 +85,14 @@ def test_an_onnx_file_gives_the_models_logits_of_exactly_resized_frames(tmp_path
 
 
 class Noisy(VideoClassifier):
-    """Another answer at every call."""
+    """A model that gives other logits at every call."""
 
     def forward(self, pixels_BTCHW: Tensor, head_keep_BD: Tensor | None = None) -> Tensor:
         return self.head.weight[:, 0] + torch.rand(len(pixels_BTCHW), 1)
 
 
 class Branching(VideoClassifier):
-    """What it computes depends on the pixels."""
+    """A model whose operations depend on the pixels."""
 
     def forward(self, pixels_BTCHW: Tensor, head_keep_BD: Tensor | None = None) -> Tensor:
         return self.head.weight if pixels_BTCHW.float().mean() > 128 else self.head.weight + 1

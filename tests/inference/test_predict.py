@@ -1,4 +1,4 @@
-"""Trained models, asked about videos and tested again: `stadapter predict` and `stadapter evaluate`."""
+"""Trained models predict the classes of videos, and are tested again: `stadapter predict`, `stadapter evaluate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of the machine, also where the machine does not tell."""
+"""The names and figures of the machine, also on one that does not tell them."""
 
 from __future__ import annotations
 

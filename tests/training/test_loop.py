@@ -1,4 +1,4 @@
-"""The training loop: its numbers follow from the recipe, whatever the processes, passes, workers and interruptions."""
+"""The training loop's numbers follow from the recipe, whatever the processes, passes, workers and interruptions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from stadapter.config import ConfigError, Recipe
 from stadapter.model.build import build_model
 from stadapter.model.state import trainable_parameters
 from stadapter.training import loop as train_module
-from stadapter.training.loop import ProcessGroup, TrainingError, train
+from stadapter.training.loop import TrainingError, train
 from stadapter.training.optim import diverged, dropout_mask, learning_rate, make_optimizer, summed_loss
 from stadapter.training.options import TrainOptions
+from stadapter.training.process_group import ProcessGroup
 from stadapter.trials import record
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    """What must not differ between two runs of one recipe: metrics by epoch, and those of the test."""
+    """Return the metrics of each epoch and of the test, without times: two runs of one recipe must have the same."""
     clock = ("seconds", "time", "clips_per_s")
     epochs = [{k: v for k, v in line.items() if k not in clock} for line in record.read_metrics(folder)]
     result = record.read_result(folder)
@@ -78,7 +79,7 @@ def test_the_backbone_learns_at_its_own_rate(tiny_recipe: Recipe) -> None:
 def test_the_schedule_keeps_the_ratio_of_the_two_rates(
     tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
-    """A backbone that does not learn is all but the backbone that it was; the head goes on as before."""
+    """With a rate that is all but zero, the backbone stays as it was, and the head still learns."""
     changes = {"strategy": "full", "optim.epochs": 1, "optim.backbone_lr_factor": 1e-9, "optim.weight_decay": 0.0}
     recipe = config.replace(tiny_recipe, **changes)
     train(recipe, tmp_path, train_options)
@@ -167,7 +168,7 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bitwise_the_same_end(
 
 
 @pytest.mark.parametrize("wrong", [{"clips_per_pass": 0}, {"clips_per_pass": -1}, {"num_workers": -1}])
-def test_an_operation_that_would_train_on_nothing_is_refused(wrong: dict[str, int]) -> None:
+def test_options_that_would_train_on_nothing_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="must be at least"):
         TrainOptions(**wrong)  # type: ignore[arg-type]
 
@@ -198,16 +199,16 @@ def test_recomputing_activations_changes_no_bit(
 
 
 def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, folder: Path) -> None:
-    """One pass to a step, then two; each process writes down what gradients its steps exchanged."""
+    """Train with one pass per step, then with two; each process writes down the gradients that its steps exchanged."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    make_learner = train_module._make_components
+    make_components = train_module.make_components
     bytes_by_step: dict[str, list[int]] = {}
     names: set[str] = set()
     searches: set[bool] = set()
 
     def watched(*arguments: Any) -> Any:
-        components = make_learner(*arguments)
+        components = make_components(*arguments)
         name_of = {id(parameter): name for name, parameter in components.model.named_parameters()}
         in_step: list[int] = []
 
@@ -226,7 +227,7 @@ def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, fol
         searches.add(components.replica.find_unused_parameters)
         return components
 
-    train_module._make_components = watched
+    train_module.make_components = watched
     try:
         for clips_per_pass in (2, 1):
             train_options = TrainOptions(data_root=root, clips_per_pass=clips_per_pass)
@@ -241,7 +242,7 @@ def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, fol
 def test_a_step_exchanges_each_trained_gradient_once_and_no_other(
     tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Four bytes to a trained parameter, however many passes make the step, and no search for unused ones."""
+    """Four bytes per trained parameter, however many passes make a step, and no search for unused parameters."""
     recipe = config.replace(tiny_recipe, **{"optim.epochs": 1})
     arguments = (f"file://{tmp_path}/rendezvous", recipe, clip_folder, tmp_path)
     multiprocessing.spawn(_watch_gradients, arguments, nprocs=2)  # type: ignore[no-untyped-call]
@@ -275,7 +276,7 @@ def test_two_processes_under_torchrun_give_the_numbers_of_one(
 
 
 def _train_where_one_loss_breaks(rank: int, rendezvous: str, recipe: Recipe, root: Path, folder: Path) -> None:
-    """In one of two processes, the third step's loss is not finite; each writes down why it stopped."""
+    """Train with a third loss that is not finite in one of two processes; each writes down why it stopped."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
     calls = itertools.count()
@@ -298,7 +299,7 @@ def _train_where_one_loss_breaks(rank: int, rendezvous: str, recipe: Recipe, roo
 def test_all_processes_stop_where_one_loss_is_not_finite(
     tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Without that, the others would wait for it in the next exchange of gradients, on GPUs for minutes."""
+    """Otherwise the others would wait for it in the next exchange of gradients, on GPUs for minutes."""
     recipe = config.replace(tiny_recipe, **{"optim.clip_norm": None})
     arguments = (f"file://{tmp_path}/rendezvous", recipe, clip_folder, tmp_path)
     multiprocessing.spawn(_train_where_one_loss_breaks, arguments, nprocs=2)  # type: ignore[no-untyped-call]
@@ -328,7 +329,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(
 def test_weights_broken_by_the_last_step_are_called_diverged(
     tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every loss of the training was finite; what it left behind is not."""
+    """Every loss of the training is finite, but not the weights that it leaves."""
     rate, last_step = learning_rate, 7
     monkeypatch.setattr(
         "stadapter.training.loop.learning_rate", lambda step, *a: math.nan if step == last_step else rate(step, *a)
@@ -360,7 +361,7 @@ def test_a_folder_that_holds_another_training_is_refused(
 def test_a_training_on_other_clips_is_neither_returned_nor_continued(
     undisturbed: Path, tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """The identity does not hold where the data lies: the same recipe on another folder is another training."""
+    """The identity does not say where the data lies, so the same recipe on another data set must be told apart."""
     other, begun = tmp_path / "clips", tmp_path / "begun"
     shutil.copytree(clip_folder, other)
     next((other / "train").glob("*/0.mp4")).unlink()

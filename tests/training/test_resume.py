@@ -31,7 +31,7 @@ STEPS = 8  # of the tiny recipe: 2 epochs of 4
 
 
 def assert_same_outcome(folder: Path, undisturbed: Path) -> None:
-    """Bitwise equal weights, and equal numbers but for wall times."""
+    """Assert bitwise equal weights, and equal numbers except for wall times."""
     mine, expected = load_file(folder / record.TRAINED), load_file(undisturbed / record.TRAINED)
     assert mine.keys() == expected.keys()
     assert all(torch.equal(mine[name], expected[name]) for name in mine)
@@ -46,13 +46,13 @@ def numbers(folder: Path) -> tuple[Any, ...]:
 
 
 def stop_after(questions: int) -> Callable[[], bool]:
-    """Says so when it is asked for the last of so many times: after each step, and with each batch of a test."""
+    """Return a `should_stop` that is True from this question on. One comes after each step and each batch of a test."""
     asked = itertools.count(1)
     return lambda: next(asked) >= questions
 
 
 def stop_at(step: int) -> dict[str, Any]:
-    """Arguments of `train` that stop it after this step."""
+    """Return arguments of `train` that stop it after this step."""
     done: list[int] = []
     return {"on_step": lambda at: done.append(1), "should_stop": lambda: len(done) >= step - 1}
 
@@ -280,7 +280,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 
 @pytest.fixture
 def slow_flags(tiny_flags: list[str]) -> list[str]:
-    """More epochs, so that there is time to interrupt."""
+    """The tiny recipe with more epochs, so that there is time to interrupt."""
     return [*tiny_flags, "--set", "optim.epochs=6"]
 
 

@@ -1,4 +1,4 @@
-"""Tokens behind frozen blocks are kept: the numbers stay those of a training without, and no clip is read twice."""
+"""A training with the token cache gives the numbers of one without, and reads no clip twice."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def fixed(tiny_recipe: Recipe) -> Recipe:
 
 @pytest.fixture
 def cached(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainOptions:
-    """A cache of its own for each test."""
+    """Options with a token cache, which is empty at the start of each test."""
     monkeypatch.setenv("STADAPTER_CACHE", str(tmp_path / "cache"))
     return TrainOptions(clip_folder, token_cache_gb=1)
 
@@ -97,7 +97,7 @@ def assert_bitwise(folder: Path, expected: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def make_prefix(recipe: Recipe, gigabytes: float = 1) -> TokenCache:
+def make_token_cache(recipe: Recipe, gigabytes: float = 1) -> TokenCache:
     found = open_token_cache(build_model(recipe), recipe, gigabytes, "auto", CPU)
     assert found is not None
     return found
@@ -139,7 +139,7 @@ def test_other_seeds_share_the_rows_and_other_depths_have_their_own(
 
 
 def test_no_bit_depends_on_which_rows_there_are(fixed: Recipe, cached: TrainOptions, tmp_path: Path) -> None:
-    """Cold; stopped and gone on; with room for few rows, so that batches mix kept and computed ones."""
+    """Train from an empty cache, then stopped and resumed, then with room for few rows, so that batches are mixed."""
     train(fixed, tmp_path / "cold", cached)
     for file in rows_files(tmp_path):
         file.unlink()
@@ -229,7 +229,7 @@ def test_other_weights_pixels_clips_and_precisions_have_other_rows(
     def file(split: Split = "train", **changes: Any) -> Path:
         recipe = config.replace(fixed, **changes)
         clips = load_clips(recipe.data, clip_folder, split)
-        return make_prefix(recipe).open_rows(clips).file
+        return make_token_cache(recipe).open_rows(clips).file
 
     assert file() == file() == file(seed=3, **{"adapter.kernel_size": (1, 1, 1), "optim.base_lr": 1.0})
     others = [
@@ -278,7 +278,7 @@ def test_rows_keep_the_type_that_the_forward_gives(tmp_path: Path) -> None:
 
 
 def test_every_field_of_the_data_is_known_to_decide_pixels_or_not() -> None:
-    """One that is added must be put into one of these, or rows would be kept that are not a clip's in every epoch."""
+    """A new field must be put into one of these sets, or rows might be kept of pixels that change with the epoch."""
     of_clips = {"dataset", "num_classes", "label_groups", "test_temporal_views", "test_spatial_views"}
     assert {f.name for f in dataclasses.fields(DataConfig)} == {*FIXED, *PIXELS, *of_clips}
 
@@ -330,7 +330,7 @@ def test_the_command_says_what_it_keeps_or_why_it_cannot(
     assert "error: --cache-prefix: data.fixed_frames = False" in capsys.readouterr().err
     assert command(["train", *flags, "--set", "data.fixed_frames=true"]) == 0
     out = capsys.readouterr().out
-    assert f"prefix cache: {tmp_path}/cache/prefix, at most 0.5 GB per node" in out
+    assert f"token cache: {tmp_path}/cache/prefix, at most 0.5 GB per node" in out
     assert "the lowest 4 of 6 blocks are frozen: 0.04 MB per clip" in out
     assert len(rows_files(tmp_path)) == 2
 
