@@ -31,7 +31,7 @@ RELEASED: dict[str, Any] = {"adapter.activation": "none", "adapter.adapt_cls": F
 
 
 def make_arm(recipe: Recipe, value: str) -> Arm:
-    """`released`, or changes joined by +, such as `gelu+cls`."""
+    """Return the arm of `released`, or of changes joined by +, such as `gelu+cls`."""
     changes = [] if value == "released" else value.split("+")
     if unknown := [change for change in changes if change not in CHANGES]:
         raise ConfigError(f"--values {value}: '{unknown[0]}' is none of released, {', '.join(CHANGES)}")

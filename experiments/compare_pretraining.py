@@ -31,7 +31,7 @@ def default_values(recipe: Recipe) -> Sequence[str]:
 
 
 def make_arm(recipe: Recipe, value: str) -> Arm:
-    """`clip`, `in21k`; `pretrained`, `random` of the embedded backbone; or any other backbone's name."""
+    """Return the arm of `clip` or `in21k`, of the embedded backbone's `pretrained` or `random`, or of any backbone."""
     if recipe.backbone.weights and not recipe.backbone.weights.startswith("seed:"):
         raise ConfigError("--weights: the arms are different weights, so one file cannot serve them")
     name, weights = BACKBONES.get(value, (value, ""))

@@ -1,10 +1,10 @@
 """How much of full fine-tuning can be had for how few trained parameters? (The paper's Table 1.)
 
 Every way to adapt a frozen image transformer to video, each with rates that suit it (`recipes.for_strategy`) and
-otherwise on the recipe's terms: same clips, same order, same epochs. What each one trains, and what was chosen where
-the paper leaves a choice, stands in `stadapter.model.strategies` and `stadapter.model.baselines`. `full_space_time` is
-the paper's full fine-tuning: divided space-time attention, told by its 121.57 M parameters. Beside it stand `full`,
-without temporal modules, and `full_st_adapter`, with ST-Adapters: what their frozen backbone costs them.
+otherwise on the recipe's terms: same clips, same order, same epochs. `stadapter.model.strategies` and
+`stadapter.model.baselines` say what each strategy trains, and which choice was made where the paper leaves one.
+`full_space_time` is the paper's full fine-tuning: divided space-time attention, recognised by its 121.57 M parameters.
+Beside it stand `full`, without temporal modules, and `full_st_adapter`, ST-Adapters whose backbone is not frozen.
 
 Expected: on motion, st_adapter far above all that look at single frames (linear_probe, prompt, partial, bitfit, lora,
 adapter, full: they cannot tell a clip from its reversal) at a few per cent of the parameters of full fine-tuning. On

@@ -103,7 +103,7 @@ def _ui(options: argparse.Namespace) -> int:
         shown = without_passwords(store)
         raise ConfigError(f"--tracking-uri {shown}: there is no such file; run an ablation first, or name its store")
     check_port("--port", options.port)
-    from stadapter.tracking.store import pages
+    from stadapter.tracking.reader import pages
 
     print(f"MLflow on http://127.0.0.1:{options.port}; Ctrl-C ends it. The arms of each sweep, side by side:")
     for name, address in pages(store):

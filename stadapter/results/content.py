@@ -1,4 +1,4 @@
-"""What a report says, apart from its form: title, overview, findings in words, and the runs behind every number."""
+"""The content of a report, apart from its form: title, overview, findings in words, and the runs behind the numbers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ READING = (
 
 
 def title(answers: Sequence[Answer]) -> str:
+    """Return the title of the report, with the names of its recipes."""
     return "ST-Adapter ablations: " + ", ".join(sorted({a.sweep.recipe.name for a in answers}))
 
 
 def heading(answer: Answer) -> str:
-    """`Kernel (embedded)`."""
+    """Return the heading of one answer, such as `Kernel (embedded)`."""
     return f"{answer.sweep.name.replace('_', ' ').capitalize()} ({answer.sweep.recipe.name})"
 
 
 def overview(answers: Sequence[Answer]) -> list[str]:
-    """What the report stands on: how many trials, when, how long, on what, from which code."""
+    """Return what the report stands on: how many trials, when, how long, on which machines, from which code."""
     wanted = {trial.id for answer in answers for trial in answer.sweep.trials}
     done = {r.trial_id: r for answer in answers for r in answer.records if r is not None}
     if not done:
@@ -47,7 +48,7 @@ def overview(answers: Sequence[Answer]) -> list[str]:
 
 
 def glance(answers: Sequence[Answer]) -> list[list[str]]:
-    """One line per question: the default arm, the best one, and what differs."""
+    """Return one line per question: the default arm, the best one, and how many arms differ."""
     lines = [["question", "default arm", "top-1 %", "best arm", "top-1 %", "differ from the default", "seeds"]]
     for answer in answers:
         default = next(row for row in answer.rows if row.is_default)
@@ -69,42 +70,44 @@ def glance(answers: Sequence[Answer]) -> list[list[str]]:
 
 
 def _count(differ: int, tested: int, untestable: int) -> str:
-    """`3 of 5 arms; 1 not testable`."""
+    """Return how many arms differ, such as `3 of 5 arms; 1 not testable`."""
     if not tested:
         return "not testable"
     return f"{differ} of {tested} arms" + (f"; {untestable} not testable" if untestable else "")
 
 
 def best_row(answer: Answer) -> Row | None:
-    """The arm with the highest mean accuracy; None where nothing has finished."""
+    """Return the arm with the highest mean accuracy, or None if nothing has finished."""
     done = [row for row in answer.rows if row.top1]
     return max(done, key=lambda row: row.top1.mean if row.top1 else 0.0, default=None)
 
 
 def finding(answer: Answer) -> str:
-    """What the table says, in words: the best arm, and which arms differ significantly from the default one."""
+    """Return in words what the table says: the best arm, and which arms differ significantly from the default one."""
     best = best_row(answer)
     if best is None:
         return "no trial has finished."
     default = next(row for row in answer.rows if row.is_default)
-    text = f"the highest mean is {table.mean_and_spread(best.top1)} % ({best.arm})"
+    parts = [f"the highest mean is {table.mean_and_spread(best.top1)} % ({best.arm})"]
     if best is not default:
-        text += f"; the default arm, {default.arm}, has {table.mean_and_spread(default.top1)} %"
-    tested = [row for row in answer.rows if row.difference and row.difference.p is not None]
-    for row in answer.rows:
-        if row.untestable and row.difference:
-            text += (
-                f"; {row.arm} differs by {table.signed(row.difference.mean)} points in every seed, which no test covers"
-            )
+        parts.append(f"the default arm, {default.arm}, has {table.mean_and_spread(default.top1)} %")
+    parts += [
+        f"{row.arm} differs by {table.signed(row.difference.mean)} points in every seed, which no test covers"
+        for row in answer.rows
+        if row.untestable and row.difference
+    ]
+    return f"{'; '.join(parts)}. {_tests_in_words(answer.rows)}"
+
+
+def _tests_in_words(rows: Sequence[Row]) -> str:
+    tested = [row for row in rows if row.difference and row.difference.p is not None]
     if not tested:
-        return text + ". Differences cannot be tested: that needs at least two seeds per arm that do not all agree."
+        return "Differences cannot be tested: that needs at least two seeds per arm that do not all agree."
     differ = [_difference(row) for row in tested if _significant(row)]
     if not differ:
-        return (
-            text + f". No arm differs significantly from the default one (p < {SIGNIFICANCE}, {len(tested)} compared)."
-        )
+        return f"No arm differs significantly from the default one (p < {SIGNIFICANCE}, {len(tested)} compared)."
     rest = f"; the other {len(tested) - len(differ)} do not" if len(differ) < len(tested) else ""
-    return text + f". Significantly different from the default arm: {', '.join(differ)}{rest}."
+    return f"Significantly different from the default arm: {', '.join(differ)}{rest}."
 
 
 def _significant(row: Row) -> bool:
@@ -119,14 +122,13 @@ def _difference(row: Row) -> str:
 
 
 def runs(answer: Answer) -> list[list[str]]:
-    """Every trial of the question: its folder's name, its number and the code it came from."""
+    """Return one line per trial of the question: its run folder, its accuracy and its code."""
     lines = [["arm", "seed", "run folder", "top-1 %", "seconds", "code"]]
     for trial, result in zip(answer.sweep.trials, answer.records, strict=True):
         if result is None:
             lines.append([trial.arm, str(trial.seed), f"trials/{trial.id}", "no result", table.DASH, table.DASH])
         else:
-            commit = result.code
             top1 = f"{result.metrics['top1']:.2f}" + (table.DIVERGED if result.diverged else "")
             where = f"trials/{trial.id}"
-            lines.append([trial.arm, str(trial.seed), where, top1, f"{result.seconds:.0f}", commit])
+            lines.append([trial.arm, str(trial.seed), where, top1, f"{result.seconds:.0f}", result.code])
     return lines

@@ -1,7 +1,7 @@
 """The figure of a sweep: accuracy against the ablated factor, the trainable parameters and the cost.
 
-A point is the mean over seeds, a small ring one seed, a bar the standard deviation over seeds, cut at 0 and 100 %;
-where one seed finished there is no bar. The 95 % intervals stand in the tables: with two seeds they are nine times the
+A point is the mean over seeds, a small ring one seed, a bar the standard deviation over seeds, cut at 0 and 100 %; an
+arm with one finished seed has no bar. The 95 % intervals stand in the tables: with two seeds they are nine times the
 standard deviation, and bars of that length would hide the means.
 """
 
@@ -26,7 +26,7 @@ from stadapter.results.table import Row
 
 
 def draw_overview(answers: Sequence[Answer]) -> Figure:
-    """Accuracy against trainable parameters of every arm of every question, one colour per question."""
+    """Return the figure of all arms: accuracy against trainable parameters, one colour per question."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.subplots()
@@ -54,7 +54,7 @@ def draw_overview(answers: Sequence[Answer]) -> Figure:
 
 
 _POINT_PX = 6.0
-# (dx, dy) in points, and how the text hangs on that place: right, left, above, below, then further away.
+# (dx, dy) in points, and the alignment of the text there: right, left, above, below, then further away.
 _PLACES = [
     (9, 0, "left", "center"),
     (-9, 0, "right", "center"),
@@ -72,9 +72,9 @@ _PLACES = [
 
 
 def label_points(axes: Axes, labels: Sequence[str]) -> None:
-    """Name the points of the axes' error bars, in their order; each takes the first free of a few places.
+    """Name the points of the axes' error bars, in their order, each at the first free of a few places.
 
-    A name with no free place is left out: the other panel, which has every arm on its axis, shows it.
+    A name without a free place is left out: the other panel has every arm on its axis.
     """
     figure = axes.figure.get_figure(root=True)
     assert figure is not None
@@ -203,9 +203,10 @@ def _draw_factor(axes: Axes, factor: Factor) -> None:
         )
     _ring_default(axes, [(x, row) for s in factor.shifted() for x, row in zip(s.x, s.rows, strict=True)])
     points = [(x, row.published) for s in factor.series for x, row in zip(s.x, s.rows, strict=True)]
-    published = [(x, value.top1) for x, value in points if value]
-    if published:
-        axes.plot(*zip(*published, strict=True), "*", color=INK, ms=11, label="published")
+    for label, is_verified, face in (("published", True, INK), ("published, unverified", False, "none")):
+        stars = [(x, value.top1) for x, value in points if value and value.is_verified == is_verified]
+        if stars:
+            axes.plot(*zip(*stars, strict=True), "*", color=INK, mfc=face, ms=11, label=label)
     if factor.is_log:
         axes.set_xscale("log", base=2)
     ticks = sorted({x for series in factor.series for x in series.x})
@@ -231,7 +232,7 @@ _BAR: Any = {"capsize": 3, "markersize": 6, "linewidth": 1.6, "elinewidth": 1.1,
 
 
 def _draw_arms(axes: Axes, rows: Sequence[Row]) -> None:
-    """Arms that are no numbers: one line each, the first on top; an arm without a result says so."""
+    """Draw arms that have no number: one line each, the first on top. An arm without a result says so."""
     for position, row in enumerate(rows):
         if row.top1 is None:
             axes.text(0.02, position, "no result", transform=axes.get_yaxis_transform(), va="center", color=FAINT)
@@ -249,7 +250,7 @@ def _draw_arms(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Above the frame, where it covers no point."""
+    """Put the legend above the frame, where it covers no point."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
@@ -271,6 +272,7 @@ def _draw_tradeoff(axes: Axes, rows: Sequence[Row], attribute: str, label: str) 
 
 
 def parameter_axis(axes: Axes, label: str) -> None:
+    """Make x a logarithmic axis of numbers of parameters, such as 50k."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
@@ -293,7 +295,7 @@ def _ring_default(axes: Axes, points: Sequence[tuple[float, Row]]) -> None:
 
 
 def _error(rows: Sequence[Row]) -> list[list[float]]:
-    """Lengths of the bars below and above, cut at 0 and 100; no length where one seed has no spread."""
+    """Return the lengths of the bars below and above, cut at 0 and 100; NaN if one seed has no spread."""
     below, above = [], []
     for row in rows:
         summary = row.top1
@@ -307,7 +309,7 @@ def _error(rows: Sequence[Row]) -> list[list[float]]:
 
 
 def _limit(axes: Axes, rows: Sequence[Row], *, vertical: bool) -> None:
-    """Room for the seeds and bars, at least four points of accuracy, and not far beyond 0 and 100."""
+    """Leave room for the seeds and bars: at least four points of accuracy, and not far beyond 0 and 100."""
     ends = [row.top1.mean + sign * (row.top1.sd or 0.0) for row in rows if row.top1 for sign in (-1, 1)]
     values = ends + [value for row in rows for value in row.top1_by_seed.values()]
     values += [row.published.top1 for row in rows if row.published]

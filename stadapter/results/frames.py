@@ -1,15 +1,18 @@
-"""Records as pandas DataFrames, for whoever wants to ask something else."""
+"""Records as pandas DataFrames, for questions that no table answers."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pandas as pd
 
 from stadapter import config
 from stadapter.results.sources import Answer
+from stadapter.trials import record
 
 
 def trials_frame(answer: Answer) -> pd.DataFrame:
-    """One line per trial: its numbers, where they come from, and every field of its recipe. Accuracies in per cent."""
+    """Return one line per trial: its numbers, their origin, and every field of its recipe. Accuracies in per cent."""
     lines = []
     for trial, result in zip(answer.sweep.trials, answer.records, strict=True):
         line = {"sweep": answer.name, "arm": trial.arm, "seed": trial.seed, "trial_id": trial.id}
@@ -26,8 +29,18 @@ def trials_frame(answer: Answer) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def curves_frame(answer: Answer, output: Path) -> pd.DataFrame:
+    """Return one line per epoch of each trial in the output folder: arm, seed, and the numbers of metrics.jsonl."""
+    lines = [
+        {"arm": trial.arm, "seed": trial.seed} | epoch
+        for trial in answer.sweep.trials
+        for epoch in record.read_metrics(trial.folder(output))
+    ]
+    return pd.DataFrame(lines)
+
+
 def arms_frame(answer: Answer) -> pd.DataFrame:
-    """One line per arm: the statistics behind the table, unrounded. Accuracies and differences in per cent (points)."""
+    """Return one line per arm: the statistics behind the table, unrounded, in per cent and percentage points."""
     lines = []
     for row in answer.rows:
         top1, direction, difference = row.top1, row.parts.get("direction_top1"), row.difference

@@ -10,7 +10,7 @@ from stadapter.results import table
 from stadapter.results.frames import arms_frame, trials_frame
 from stadapter.results.sources import Answer
 
-# What LaTeX reads differently, and the few signs beyond ASCII that a table or a note contains.
+# Characters with a meaning in LaTeX, and the few beyond ASCII that a table or a note contains.
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "±": r"$\pm$", "×": r"$\times$",
@@ -19,19 +19,19 @@ _LATEX = {
 
 
 def latex_escape(text: str) -> str:
-    """`text` as LaTeX prints it with no package but booktabs."""
+    """Return the text as LaTeX prints it, with no package but booktabs."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _cell(text: str) -> str:
-    """A cell with a true minus sign, and an en dash where nothing is known."""
+    """Return a cell with a true minus sign, or an en dash if it is empty."""
     if text == table.DASH:
         return "--"
     return f"$-${latex_escape(text[1:])}" if text.startswith("-") else latex_escape(text)
 
 
 def to_latex(answer: Answer) -> str:
-    """A table environment for a paper, no wider than its column: needs the packages booktabs and graphicx."""
+    """Return a table environment for a paper, no wider than its column. It needs the packages booktabs and graphicx."""
     header, *body = table.grid(answer.rows)
     frame = pd.DataFrame([[_cell(cell) for cell in line] for line in body])
     frame.columns = pd.Index([latex_escape(name) for name in header])
@@ -55,7 +55,7 @@ def to_latex(answer: Answer) -> str:
 
 
 def write_tables(answer: Answer, folder: Path) -> None:
-    """`<name>.txt`, `.md`, `.tex`, `-arms.csv` (statistics) and `-trials.csv` (what they are made from)."""
+    """Write `<name>.txt`, `.md`, `.tex`, `-arms.csv` (statistics) and `-trials.csv` (the trials behind them)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{answer.name}.txt").write_text(table.to_text(answer.sweep, answer.records))
     (folder / f"{answer.name}.md").write_text(table.to_markdown(answer.sweep, answer.records))

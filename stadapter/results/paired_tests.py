@@ -1,6 +1,6 @@
 """The statistics under every table: mean and spread of one arm, and the difference of two arms paired by seed.
 
-scipy loads with the first call, so that `--help` stays light.
+scipy is imported inside the functions: it takes seconds to load, and `--help` must stay light.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _NO_SPREAD = 1e-9
 
 @dataclass(frozen=True)
 class Summary:
-    """What is known of a mean; spread and interval only where at least two values give them."""
+    """A mean with its spread and interval, if at least two values give them."""
 
     n: int
     mean: float
@@ -26,17 +26,17 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference(Summary):
-    """Mean over seeds of (arm - default arm); `p` from the two-sided paired t test, None where it is not defined."""
+    """The mean over seeds of (arm - default arm); `p` is that of the two-sided paired t test, None if undefined."""
 
     p: float | None
     p_holm: float | None = None  # corrected for all comparisons of the table
 
 
 def summarise(values: Sequence[float]) -> Summary | None:
-    """Mean, standard deviation and 95 % t interval; None without a value.
+    """Return mean, standard deviation and 95 % t interval, or None without a value.
 
-    Equal values have a spread of 0 and no interval: a handful of accuracies that round to the same number of clips is
-    no certainty, which an interval without width would claim.
+    Equal values have a spread of 0 and no interval: one without width would claim certainty, where a few accuracies
+    happen to round to the same number of clips.
     """
     if not values:
         return None
@@ -48,14 +48,14 @@ def summarise(values: Sequence[float]) -> Summary | None:
         return Summary(n, mean, 0.0, None, None)
     from scipy import stats
 
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / n**0.5
-    return Summary(n, mean, sd, mean - half, mean + half)
+    low, high = stats.t.interval(CONFIDENCE, n - 1, loc=mean, scale=sd / n**0.5)
+    return Summary(n, mean, sd, float(low), float(high))
 
 
 def compare(arm: Mapping[int, float], default: Mapping[int, float]) -> Difference | None:
-    """Difference of two arms over the seeds that both have, {seed: value}; None where they share none.
+    """Return the difference of two arms, {seed: value}, over the seeds that both have, or None if they share none.
 
-    Differences that are equal in every seed leave p undefined, as `summarise` leaves their interval.
+    Differences that are equal in every seed have no p, as they have no interval.
     """
     seeds = sorted(arm.keys() & default.keys())
     differences = [arm[seed] - default[seed] for seed in seeds]
@@ -71,8 +71,10 @@ def compare(arm: Mapping[int, float], default: Mapping[int, float]) -> Differenc
 
 
 def holm(p_values: Sequence[float | None], comparisons: int) -> list[float | None]:
-    """Holm's correction for that many comparisons, of which those without a p-value (None stays None) count as well:
-    an arm whose differences happen to be equal does not make the others more significant."""
+    """Return the p-values after Holm's correction for that many comparisons; None stays None. (scipy has no Holm.)
+
+    Comparisons without a p-value count too: an arm with equal differences must not make the others more significant.
+    """
     order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0

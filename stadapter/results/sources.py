@@ -1,4 +1,4 @@
-"""Where records come from: the output folder of the sweeps, or an MLflow store. Both give the same answers."""
+"""Answers: sweeps with their records, read from an output folder. `tracking.reader` reads the same from MLflow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stadapter.trials.sweep import Sweep, load_sweep, records, sweep_folders
 
 @dataclass(frozen=True)
 class Answer:
-    """A question (its sweep) with the record of each trial, None where there is none."""
+    """A question (its sweep) with the record of each trial, None if there is none."""
 
     sweep: Sweep
     records: Records
@@ -30,11 +30,12 @@ class Answer:
 
     @property
     def notes(self) -> list[str]:
+        """What a reader needs to judge the table."""
         return table.notes(self.sweep, self.rows, self.records)
 
 
 def from_folder(output: Path | str = "runs") -> list[Answer]:
-    """Every sweep under an output folder, by name. ConfigError where there is none."""
+    """Return every sweep under an output folder, by name. Raises ConfigError if there is none."""
     output = Path(output)
     sweeps = [load_sweep(folder) for folder in sweep_folders(output)]
     return [Answer(sweep, records(sweep, output)) for sweep in sweeps]

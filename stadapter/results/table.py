@@ -1,8 +1,8 @@
 """The table of a sweep: one row per arm, made from the records and nothing else.
 
 A trial without a result leaves a marked hole: the row says how many seeds it stands on. A published value appears only
-where the arm is exactly a published configuration; elsewhere a dash. The terminal, the files of a sweep, and the
-reports of `analysis` all show these rows.
+if the arm is exactly a published configuration; otherwise there is a dash. The terminal, the files of a sweep and the
+report all show these rows.
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ class Row:
 
     @property
     def untestable(self) -> bool:
-        """Whether the arm differs from the default one by the same number in every one of several seeds."""
+        """True if the difference to the default arm is the same in each of several seeds, which no test covers."""
         return self.difference is not None and self.difference.n > 1 and self.difference.p is None
 
     @property
     def hole(self) -> str:
-        """What a reader must know about missing trials, `1 of 2`; empty when there is nothing to say."""
+        """How many of the trials finished, such as `1 of 2`; empty if all did."""
         wanted, there = len(self.trials), len(self.top1_by_seed)
         return "" if there == wanted else f"{there} of {wanted}"
 
 
 def default_arm(sweep: Sweep) -> str:
-    """The arm that the others are compared with: the one equal to the sweep's recipe, else the first."""
+    """Return the label of the arm compared with: the one equal to the sweep's recipe, or the first."""
     unchanged = config.identity(config.replace(sweep.recipe, seed=0))
     same = (t.arm for t in sweep.trials if config.identity(config.replace(t.recipe, seed=0)) == unchanged)
     return next(same, sweep.arms[0].label)
 
 
 def usable(result: Record | None) -> bool:
-    """Whether a record has a number to count; one that is not finite is a hole, not a mean."""
+    """Return True if the record has a finite accuracy. One that is not finite leaves a hole and joins no mean."""
     return result is not None and math.isfinite(result.metrics.get("top1", math.nan))
 
 
 def make_rows(sweep: Sweep, records: Records) -> list[Row]:
-    """One row per arm, in the sweep's order. `records` are in the order of `sweep.trials`, None for a missing one."""
+    """Return one row per arm, in the sweep's order. `records` are in the order of `sweep.trials`, None if missing."""
     default = default_arm(sweep)
     mine: dict[str, list[tuple[Trial, Record | None]]] = {arm.label: [] for arm in sweep.arms}
     for trial, result in zip(sweep.trials, records, strict=True):
@@ -122,21 +122,21 @@ def _row(arm: Arm, pairs: Sequence[tuple[Trial, Record | None]], is_default: boo
 
 
 def mean_and_spread(summary: Summary | None) -> str:
-    """`97.1 ± 0.4`: mean and standard deviation over seeds; a single value has no spread to show."""
+    """Return mean and standard deviation over seeds as `97.1 ± 0.4`; a single value has no spread to show."""
     if summary is None:
         return DASH
     return f"{summary.mean:.1f}" if summary.sd is None else f"{summary.mean:.1f} ± {summary.sd:.1f}"
 
 
 def p_text(p: float | None) -> str:
-    """`0.031`, `<0.001`, or a dash."""
+    """Return a p-value as `0.031`, `<0.001`, or a dash."""
     if p is None:
         return DASH
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def signed(value: float | None) -> str:
-    """`+1.2`, `-0.4`, or a dash; what rounds to nothing has no minus."""
+    """Return a difference as `+1.2`, `-0.4`, or a dash; a difference that rounds to 0 has no minus."""
     return DASH if value is None else f"{round(value, 1) + 0.0:+.1f}"
 
 
@@ -169,7 +169,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 
 def grid(rows: Sequence[Row]) -> list[list[str]]:
-    """Header and one line of text per row; a column about what was never measured is left out."""
+    """Return a header and one line of text per row, without the columns that nothing was measured for."""
     lines = [_cells(row) for row in rows]
     optional = ("95 % interval", "p (Holm)", *_PARTS.values(), "MiB")
     shown = [name for name in lines[0] if name not in optional or any(line[name] != DASH for line in lines)]
@@ -177,46 +177,63 @@ def grid(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def notes(sweep: Sweep, rows: Sequence[Row], records: Records) -> list[str]:
-    """What a reader needs to judge the table: spread, source of published values, data, code and machine."""
-    several = [row for row in rows if row.top1 and row.top1.n > 1]
+    """Return what a reader needs to judge the table: spread, holes, costs, published values, data, code and machine."""
+    done = [record for record in records if record is not None]
+    return [*_spread(sweep, rows), *_holes(rows), *_costs(done), _published(rows), *_origin(sweep, done)]
+
+
+def _spread(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """Return what the error bars, intervals and p-values are, and why some are not there."""
+    several = [row.top1 for row in rows if row.top1 and row.top1.n > 1]
     lines = []
     if several:
-        lines.append(
-            "± is the standard deviation over seeds; the interval of the mean is Student's t, cut at 0 and 100."
-        )
-        lines.append(f"Δ: mean difference to '{default_arm(sweep)}', paired by seed; p: paired t test, Holm-corrected.")
-    if any(row.top1.low is None for row in several if row.top1):
+        lines = [
+            "± is the standard deviation over seeds; the interval of the mean is Student's t, cut at 0 and 100.",
+            f"Δ: mean difference to '{default_arm(sweep)}', paired by seed; p: paired t test, Holm-corrected.",
+        ]
+    if any(summary.low is None for summary in several):
         lines.append("Accuracies that are equal in all seeds have no interval: that would claim certainty.")
     if untested := [row.arm for row in rows if row.untestable]:
         lines.append(
             f"No p-value: {', '.join(untested)}; the differences are equal in all seeds, which leaves no spread "
             "to test against; --seeds adds some."
         )
-    if len({t.seed for t in sweep.trials}) == 1:
+    if len({trial.seed for trial in sweep.trials}) == 1:
         lines.append("One seed per arm: no error bar, interval or p-value can be given; --seeds 3 adds seeds.")
     elif any(row.top1 and row.top1.n == 1 for row in rows):
         lines.append("An arm with one finished seed has no error bar.")
+    return lines
+
+
+def _holes(rows: Sequence[Row]) -> list[str]:
+    """Return which trials are missing or diverged."""
+    lines = []
     if holes := [f"{row.arm} ({row.hole} seeds finished)" for row in rows if row.hole]:
         lines.append(f"INCOMPLETE: {', '.join(holes)}; means and differences stand on the seeds that finished.")
     if any(row.diverged for row in rows):
         lines.append(f"{DIVERGED} the training of at least one seed diverged; its number is in the mean.")
-    lines.append("GMACs count all test views of a clip; seconds are per trial; MiB: peak memory (CPU: of the process).")
-    kept = sum(bool(r and r.prefix_cache) for r in records)
-    if kept:
+    return lines
+
+
+def _costs(done: Sequence[Record]) -> list[str]:
+    """Return what the columns of cost mean."""
+    lines = ["GMACs count all test views of a clip; seconds are per trial; MiB: peak memory (CPU: of the process)."]
+    if kept := sum(record.prefix_cache is not None for record in done):
         lines.append(f"{kept} trials read the tokens of their frozen blocks from a cache: their seconds depend on it.")
-    values = {str(row.published): row.published for row in rows if row.published}
-    if values:
-        said = [f"{value} {p.source} ({p.status})" for value, p in values.items()]
-        lines.append(
-            f"Paper values, {MARKS['verified']} verified, {MARKS['unverified']} unverified: {'; '.join(said)}."
-        )
-    else:
-        lines.append("No published value is known for these arms (-).")
-    return lines + _origin(sweep, [r for r in records if r is not None])
+    return lines
+
+
+def _published(rows: Sequence[Row]) -> str:
+    """Return where the published values were read, and how sure they are."""
+    values = dict.fromkeys(row.published for row in rows if row.published)
+    if not values:
+        return "No published value is known for these arms (-)."
+    sources = "; ".join(f"{value} {value.source} ({value.status})" for value in values)
+    return f"Paper values, {MARKS['verified']} verified, {MARKS['unverified']} unverified: {sources}."
 
 
 def _origin(sweep: Sweep, done: Sequence[Record]) -> list[str]:
-    """Data, code and machine; a warning where the trials do not share their data."""
+    """Return data, code and machine, and a warning if the trials do not share their data."""
     if not done:
         return []
     test = sorted({f"{r.data['test'].clips} clips, {r.data['test'].fingerprint}" for r in done})
@@ -237,13 +254,13 @@ def _origin(sweep: Sweep, done: Sequence[Record]) -> list[str]:
 
 
 def to_text(sweep: Sweep, records: Records) -> str:
-    """The table for a terminal."""
+    """Return the table for a terminal."""
     rows = make_rows(sweep, records)
     return "\n".join([*grids.padded(grid(rows), ruled=True), *notes(sweep, rows, records)]) + "\n"
 
 
 def to_markdown(sweep: Sweep, records: Records) -> str:
-    """The table for a document, its notes as a list."""
+    """Return the table for a document, its notes as a list."""
     rows = make_rows(sweep, records)
     return "\n".join([grids.to_markdown(grid(rows)), "", *(f"- {note}" for note in notes(sweep, rows, records))]) + "\n"
 
@@ -252,7 +269,7 @@ _COUNTED = ("trainable_params", "macs_per_view", "views", "seconds", "peak_memor
 
 
 def to_csv(sweep: Sweep, records: Records) -> str:
-    """One line per trial, unrounded: what the rows are made from."""
+    """Return one line per trial, unrounded: the numbers that the rows are made from."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["arm", "seed", "trial_id", "status", "top1", *_PARTS, *_COUNTED])

@@ -1,8 +1,8 @@
 """A copy of the run folders in MLflow, for comparing trials in a browser.
 
-The run folders are the truth. What is written here can be lost and made again at any time (`sync`), so nothing
-that goes wrong with the tracking store may end a sweep or hold it up. Only the driver process writes. What is
-written stands in `mlflow_store`; here stands what happens when that does not work.
+The run folders are the truth. The copy can be lost and made again at any time (`sync`), so nothing that goes wrong with
+the store may end a sweep or hold it up. Only the driver process writes. `store` says how runs are written; this module
+says what happens if that fails.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from stadapter.trials.sweep import Sweep, Trial
 
 # A store that answers, but slowly, may hold up a sweep by this much in all: seconds, and a share of the time gone by.
 PATIENCE_S, PATIENCE_SHARE = 10.0, 0.01
+OPENING_S = 60.0  # a new database takes seconds, on a busy machine many; a database behind a firewall, for ever
 
 
 class Mirror:
-    """Copies a sweep into an MLflow store while it runs. The store can make no method raise, or wait for long."""
+    """The copy of a running sweep in an MLflow store. The store can make no method raise, or wait for long."""
 
     def __init__(
         self,
@@ -75,17 +77,21 @@ class Mirror:
 
     @property
     def address(self) -> str:
-        """The page that compares the arms, to be put behind the address of an MLflow server; empty if there is none."""
+        """The page that compares the arms, below the address of an MLflow server; empty if there is none."""
         self._try(self._opened)
         return self._store.address if self.working else ""
 
     def _opened(self) -> None:
-        """Wait for the store, once; raises what opening it raised."""
+        """Wait until the store is open. Raises what opening it raised, or TimeoutError after OPENING_S."""
         opening, self._opening = self._opening, None
         if opening is not None:
+            futures.wait([opening], OPENING_S)
+            if not opening.done():
+                raise TimeoutError(f"it did not open within {OPENING_S:g} s")
             opening.result()
 
     def _try(self, method: Callable[..., None], *arguments: Any) -> None:
+        """Call a method of the store; after an error, or when patience is used up, leave the store out for good."""
         if not self.working:
             return
         try:
@@ -93,10 +99,10 @@ class Mirror:
             began = time.monotonic()
             method(*arguments)
         except STORE_ERRORS as error:
-            self._give_up(_first_line(error))
+            self._give_up(reason_of(error))
             return
         now = time.monotonic()
-        # A store that is well takes milliseconds (and seconds once, to be created); the rest counts as waiting.
+        # A healthy store takes milliseconds, and seconds once, to be created; the rest counts as waiting.
         if now - began > 1:
             self._waited += now - began
         if self._waited > PATIENCE_S + PATIENCE_SHARE * (now - self._began):
@@ -111,9 +117,9 @@ class Mirror:
 
 
 def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "stadapter") -> tuple[int, int]:
-    """Replay the run folders of a sweep into the store; what is there already is left alone.
+    """Replay the run folders of a sweep into the store; runs that are there already are left alone.
 
-    Returns how many trials are finished and how many are begun only. ConfigError where the store cannot be written.
+    Returns how many trials are finished, and how many only begun. Raises ConfigError if the store cannot be written.
     """
     finished = begun = 0
     try:
@@ -130,12 +136,13 @@ def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "st
         store.close(tables, "FINISHED" if finished == len(sweep.trials) else "KILLED")
     except STORE_ERRORS as error:
         raise ConfigError(
-            f"--tracking-uri {files.without_passwords(tracking_uri)}: cannot be written ({_first_line(error)})"
+            f"--tracking-uri {files.without_passwords(tracking_uri)}: cannot be written ({reason_of(error)})"
         ) from None
     return finished, begun
 
 
-def _first_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return what went wrong with a store in one line, without passwords."""
     text = files.without_passwords((str(error).splitlines() or [""])[0]) or type(error).__name__
     unreachable = re.match(r"API request to (\w+://[^/]+).* failed with exception", text)
     return f"{unreachable[1]} does not answer" if unreachable else text[:160]

@@ -1,4 +1,4 @@
-"""What a sweep looks like in MLflow. The one module that imports it.
+"""A sweep as runs in MLflow.
 
 parent run   one per sweep: the question and, at the end, its tables and its figure
 child runs   one per trial: parameters, metrics, tags, the files of the run folder, and the trained weights as a model
@@ -16,34 +16,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Read by MLflow when it is imported. Its own defaults wait four minutes for a dead server, print the steps of
+# MLflow reads these while it is imported. Its own defaults wait four minutes for a dead server, print the steps of
 # creating a database, and report usage over the network.
-for _name, _value in {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}.items():
-    os.environ.setdefault(_name, _value)
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-import sqlalchemy
 from mlflow import MlflowClient, pyfunc
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from sqlalchemy.exc import SQLAlchemyError
 
 from stadapter import config
 from stadapter.tracking import view
+from stadapter.tracking.database import reach_database
 from stadapter.trials import files, lock, provenance, record
+from stadapter.trials.record import Record
 from stadapter.trials.sweep import FIGURE, Sweep, Trial, records
 from stadapter.version import __version__
 
-# What a store that is away, full, locked or read-only raises (`requests` raises OSErrors). Anything else is a bug.
+# Raised by a store that is away, full, locked or read-only (`requests` raises OSErrors). Anything else is a bug.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 _COSTS = ("trainable_params", "macs_per_view", "seconds", "cpu_seconds", "peak_memory_mib")
 _ARTIFACTS = (record.CONFIG, record.METRICS, record.RESULT)
@@ -53,7 +50,10 @@ _PARENT, _NOTE = "mlflow.parentRunId", "mlflow.note.content"
 
 
 class Store:
-    """Writes the run folders of one sweep. Errors are raised; every write can be repeated and then changes nothing."""
+    """The runs of one sweep in a store, written from its run folders. Raises STORE_ERRORS.
+
+    Every write can be repeated, and then changes nothing.
+    """
 
     def __init__(self, sweep: Sweep, output: Path, tracking_uri: str, experiment: str) -> None:
         self.sweep, self.output, self.uri, self.experiment = sweep, output, tracking_uri, experiment
@@ -69,27 +69,16 @@ class Store:
         self.order = {trial.id: f"{arms.index(trial.arm):03d}-{trial.seed:03d}" for trial in sweep.trials}
 
     def open(self) -> None:
-        artifacts = _reach_database(self.uri)
+        """Connect to the store, and find or create the experiment and the sweep's parent run."""
+        artifacts = reach_database(self.uri)
         self.client = MlflowClient(self.uri)
-        found = self.client.get_experiment_by_name(self.experiment)
-        # The tag answers MLflow's question whether this is about language models.
-        kind = {"mlflow.experimentKind": "custom_model_development"}
-        self.experiment_id = (
-            found.experiment_id if found else self.client.create_experiment(self.experiment, artifacts, kind)
-        )
+        self.experiment_id = self._find_experiment(artifacts)
         key = _sweep_id(self.sweep, self.output)
         parents = self.client.search_runs([self.experiment_id], f"tags.sweep_id = '{key}'", max_results=1)
         if parents:
             self.parent = parents[0]
             self.client.update_run(self.parent.info.run_id, status="RUNNING")
-            for run in self._children():
-                tags = run.data.tags
-                self.known[tags["trial_id"]] = run
-                if "error" in tags:
-                    self.failed.add(tags["trial_id"])
-                order = self.order.get(tags["trial_id"], tags["order"])
-                if order != tags["order"]:  # an arm was put between since
-                    self.client.set_tag(run.info.run_id, "order", order)
+            self._note_children()
         else:
             name = f"{self.sweep.name} · {self.sweep.recipe.name}"
             tags = {"sweep_id": key, _NOTE: self.sweep.question} | self._tags()
@@ -97,12 +86,30 @@ class Store:
         self._save_view(key)
         self.address = view.address(self.experiment_id, key)
 
+    def _find_experiment(self, artifacts: str | None) -> str:
+        """Return the id of the experiment, creating it if it is missing."""
+        found = self.client.get_experiment_by_name(self.experiment)
+        if found:
+            return str(found.experiment_id)
+        # The tag answers MLflow's question whether this is about language models.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self.client.create_experiment(self.experiment, artifacts, kind))
+
+    def _note_children(self) -> None:
+        """Remember the trials' runs that the parent has, and correct their order if arms were put between since."""
+        for run in self._children():
+            tags = run.data.tags
+            self.known[tags["trial_id"]] = run
+            if "error" in tags:
+                self.failed.add(tags["trial_id"])
+            order = self.order.get(tags["trial_id"], tags["order"])
+            if order != tags["order"]:
+                self.client.set_tag(run.info.run_id, "order", order)
+
     def _children(self, condition: str = "") -> Iterator[Run]:
-        condition, token = f"tags.`{_PARENT}` = '{self.parent.info.run_id}'{condition}", None
-        while token != "":
-            page = self.client.search_runs([self.experiment_id], condition, max_results=1000, page_token=token)
-            yield from page
-            token = page.token or ""
+        return search_runs(
+            self.client, self.experiment_id, f"tags.`{_PARENT}` = '{self.parent.info.run_id}'{condition}"
+        )
 
     def _save_view(self, key: str) -> None:
         done = next((result for result in records(self.sweep, self.output) if result), None)
@@ -112,42 +119,59 @@ class Store:
         self.client.set_experiment_tag(self.experiment_id, view.TAG + key, saved)
 
     def open_trial(self, trial: Trial) -> str:
-        """The id of the trial's run: found, or created as running."""
-        if trial.id in self.runs:
-            return self.runs[trial.id]
-        epochs = record.read_metrics(trial.folder(self.output))
-        run, self.logged[trial.id] = self.known.get(trial.id), set()
-        if run:
-            history = self.client.get_metric_history(run.info.run_id, "train_loss")
-            self.logged[trial.id] = {metric.step for metric in history}
-            first = min(history, key=lambda metric: metric.step, default=None)
-            if first and (first.step, first.timestamp) not in {(e["epoch"], _ms(e["time"])) for e in epochs}:
-                # Begun anew, by --force or after the folder was deleted. Two trainings in one run would be no curve;
-                # the old one goes to MLflow's bin, from where it can be restored.
-                self.client.delete_run(run.info.run_id)
-                self._delete_models(run.info.run_id)
-                self.failed.discard(trial.id)
-                run, self.logged[trial.id] = None, set()
-        if run is None:
-            result = record.read_result(trial.folder(self.output))
-            began = result.started if result else epochs[0]["time"] if epochs else time.time()
-            tags = {_PARENT: self.parent.info.run_id, "trial_id": trial.id, "arm": trial.arm, "seed": str(trial.seed)}
-            tags |= self._tags() | {"order": self.order[trial.id]}
-            name = f"{trial.arm} s{trial.seed}"  # MLflow's list shows fifteen letters
-            run = self.client.create_run(self.experiment_id, _ms(began), tags, name)
-        if not run.data.params:
-            self.unlogged[run.info.run_id] = [Param(path, value) for path, value in view.params(trial.recipe).items()]
-        self.runs[trial.id] = run.info.run_id
+        """Return the id of the trial's run: the one that it has, or a new one that is running."""
+        if trial.id not in self.runs:
+            run = self._resumed_run(trial) or self._create_run(trial)
+            if not run.data.params:
+                params = view.params(trial.recipe)
+                self.unlogged[run.info.run_id] = [Param(path, value) for path, value in params.items()]
+            self.runs[trial.id] = run.info.run_id
         return self.runs[trial.id]
 
+    def _resumed_run(self, trial: Trial) -> Run | None:
+        """Return the run that the trial has, noting its epochs; None if it has none of this training.
+
+        A trial begun anew, by --force or after its folder was deleted, gets another run, since two trainings in one
+        make no curve. The old run goes to MLflow's bin, from where it can be restored.
+        """
+        self.logged[trial.id] = set()
+        run = self.known.get(trial.id)
+        if run is None:
+            return None
+        history = self.client.get_metric_history(run.info.run_id, "train_loss")
+        first = min(history, key=lambda metric: metric.step, default=None)
+        epochs = {(e["epoch"], _ms(e["time"])) for e in record.read_metrics(trial.folder(self.output))}
+        if first and (first.step, first.timestamp) not in epochs:
+            self.client.delete_run(run.info.run_id)
+            self._delete_models(run.info.run_id)
+            self.failed.discard(trial.id)
+            return None
+        self.logged[trial.id] = {metric.step for metric in history}
+        return run
+
+    def _create_run(self, trial: Trial) -> Run:
+        tags = {_PARENT: self.parent.info.run_id, "trial_id": trial.id, "arm": trial.arm, "seed": str(trial.seed)}
+        tags |= self._tags() | {"order": self.order[trial.id]}
+        name = f"{trial.arm} s{trial.seed}"  # MLflow's list shows fifteen letters
+        return self.client.create_run(self.experiment_id, _ms(self._began(trial)), tags, name)
+
+    def _began(self, trial: Trial) -> float:
+        """Return the time at which the trial began, as far as its folder knows."""
+        folder = trial.folder(self.output)
+        if result := record.read_result(folder):
+            return result.started
+        epochs = record.read_metrics(folder)
+        return float(epochs[0]["time"]) if epochs else time.time()
+
     def start_trial(self, trial: Trial) -> None:
+        """Open the trial's run, and set it to running again if it had ended."""
         run_id = self.open_trial(trial)
         self._log(run_id)
         if trial.id in self.known or trial.id in self.failed:
             self.client.update_run(run_id, status="RUNNING")
 
     def _log(self, run_id: str, metrics: Sequence[Metric] = (), tags: Sequence[RunTag] = ()) -> None:
-        """All at once where a batch holds them: a database takes as long for one number as for a thousand."""
+        """Log in as few batches as possible: a database takes as long for one number as for a thousand."""
         params = self.unlogged.get(run_id, [])
         for start in range(0, len(metrics), _MOST_METRICS) or ([0] if params or tags else []):
             batch = metrics[start : start + _MOST_METRICS]
@@ -157,24 +181,27 @@ class Store:
         self.unlogged.pop(run_id, None)
 
     def _new_epochs(self, trial: Trial) -> list[Metric]:
+        """Return the numbers of the epochs that the store does not have yet."""
         found: list[Metric] = []
         for epoch in record.read_metrics(trial.folder(self.output)):
             if epoch["epoch"] not in self.logged[trial.id]:
                 values = {name: value for name, value in epoch.items() if name not in {"epoch", "step", "time"}}
-                if "seconds" in values:  # a trial has its own
+                if "seconds" in values:  # the name of the trial's own metric
                     values["epoch_seconds"] = values.pop("seconds")
-                # First, since MLflow's page of selected runs begins with the metric that was logged first.
+                # First, because MLflow's page of selected runs begins with the metric that was logged first.
                 first = {name: values[name] for name in ("val_top1",) if name in values}
                 found += _metrics(first | values, _ms(epoch["time"]), epoch["epoch"])
         return found
 
     def log_epochs(self, trial: Trial) -> None:
+        """Log the epochs that the store does not have yet."""
         run_id = self.open_trial(trial)
         metrics = self._new_epochs(trial)
         self._log(run_id, metrics)
         self.logged[trial.id] |= {metric.step for metric in metrics}
 
     def finish_trial(self, trial: Trial) -> None:
+        """Log all that a finished trial left: files, model, epochs and numbers. The tag `finished` comes last."""
         folder = trial.folder(self.output)
         result = record.read_result(folder)
         assert result is not None, f"{folder} has no {record.RESULT}"
@@ -183,25 +210,28 @@ class Store:
         if known and known.info.status == "FINISHED" and known.data.tags.get("finished") == str(finished):
             return
         run_id = self.open_trial(trial)
-        for name in _ARTIFACTS:
-            if (folder / name).exists():
-                self.client.log_artifact(run_id, str(folder / name))
-        if (folder / record.TRAINED).exists():
-            self._log_model(run_id, trial, folder / record.TRAINED)
-        values = {_test(name): value for name, value in result.metrics.items()}
-        values |= {name: value for name in _COSTS if (value := getattr(result, name)) is not None}
+        self._log_files(run_id, trial)
+        epochs = self._new_epochs(trial)
         tags = [RunTag(name, str(getattr(result, name))) for name in ("git_commit", "device", "precision")]
-        tags.append(RunTag("finished", str(finished)))  # after the files, with the numbers: what has it is complete
-        metrics = self._new_epochs(trial)
-        self._log(run_id, [*metrics, *_metrics(values, finished, 0)], tags)
-        self.logged[trial.id] |= {metric.step for metric in metrics}
+        # With the numbers and after the files: a run that has this tag is complete.
+        tags.append(RunTag("finished", str(finished)))
+        self._log(run_id, [*epochs, *_metrics(_results(result), finished, 0)], tags)
+        self.logged[trial.id] |= {metric.step for metric in epochs}
         if trial.id in self.failed:
             self.client.delete_tag(run_id, "error")
             self.failed.discard(trial.id)
         self.client.set_terminated(run_id, "FINISHED", finished)
 
+    def _log_files(self, run_id: str, trial: Trial) -> None:
+        folder = trial.folder(self.output)
+        for name in _ARTIFACTS:
+            if (folder / name).exists():
+                self.client.log_artifact(run_id, str(folder / name))
+        if (folder / record.TRAINED).exists():
+            self._log_model(run_id, trial, folder / record.TRAINED)
+
     def _log_model(self, run_id: str, trial: Trial, weights: Path) -> None:
-        """`runs:/<run_id>/model`. Every field is given: MLflow's own `log_model` takes seconds to guess them."""
+        """Log the model `runs:/<run_id>/model`, every field given: MLflow's `log_model` takes seconds to guess them."""
         if trial.id in self.known:
             self._delete_models(run_id)  # of an attempt that was cut short
         tags = {"arm": trial.arm, "seed": str(trial.seed), "trial_id": trial.id}
@@ -222,12 +252,14 @@ class Store:
             self.client.delete_logged_model(model.model_id)
 
     def fail_trial(self, trial: Trial, message: str) -> None:
+        """Log the epochs of a failed trial, and the reason as the tag `error`."""
         self.log_epochs(trial)
         self.client.set_tag(self.runs[trial.id], "error", message[:4000])
         self.failed.add(trial.id)
         self.client.set_terminated(self.runs[trial.id], "FAILED")
 
     def close(self, table_files: list[Path], status: str) -> None:
+        """Attach the tables, describe the parent run, and end it and the runs of trials that nobody trains."""
         for run in list(self._children(" AND attributes.status = 'RUNNING'")):
             # Another launch may be training it.
             if not lock.owner_of(self.output / "trials" / run.data.tags["trial_id"]):
@@ -248,40 +280,17 @@ class Store:
         return {"sweep": self.sweep.name, "recipe": self.sweep.recipe.name, "git_commit": commit}
 
 
-def pages(tracking_uri: str, experiment: str = "stadapter", most: int = 5) -> list[tuple[str, str]]:
-    """The sweeps in a store, newest first: their names, and their pages below the address of an MLflow server."""
-    client = MlflowClient(tracking_uri)
-    found = client.get_experiment_by_name(experiment)
-    runs = client.search_runs([found.experiment_id], "tags.sweep_id LIKE '%'", max_results=most) if found else []
-    return [(str(run.info.run_name), view.address(run.info.experiment_id, run.data.tags["sweep_id"])) for run in runs]
-
-
-def _reach_database(uri: str) -> str | None:
-    """Make one attempt to reach a database: MLflow itself makes ten, which take 100 s.
-
-    Returns where artifacts belong: `mlruns` beside a SQLite file, wherever a server is started; None with a server.
-    """
-    if uri.partition("://")[0].partition("+")[0] not in DATABASE_ENGINES:
-        return None
-    url = sqlalchemy.make_url(uri)
-    file = Path(url.database).resolve() if url.get_backend_name() == "sqlite" and url.database else None
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        engine = sqlalchemy.create_engine(url)
-    except ModuleNotFoundError as error:
-        raise OSError(f"{url.drivername} needs the Python package {error.name}") from None
-    try:
-        with engine.connect() as connection:
-            if file:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")  # fails on what is no database, or cannot be written
-    finally:
-        engine.dispose()
-    return (file.parent / "mlruns").as_uri() if file else None
+def search_runs(client: MlflowClient, experiment_id: str, condition: str) -> Iterator[Run]:
+    """Yield all runs of an experiment that meet the condition, newest first, page by page."""
+    token = None
+    while token != "":
+        page = client.search_runs([experiment_id], condition, max_results=1000, page_token=token)
+        yield from page
+        token = page.token or ""
 
 
 def _sweep_id(sweep: Sweep, output: Path) -> str:
-    """Names the parent run: the question, the recipe that its arms change, and this output folder, wherever it moves.
+    """Return the name of the parent run, a hash of the question, the recipe and the output folder, wherever it moves.
 
     More seeds or arms belong to the same parent; the same question in another --output, or with --set, does not.
     """
@@ -293,13 +302,19 @@ def _sweep_id(sweep: Sweep, output: Path) -> str:
     return hashlib.sha256(f"{sweep.name} {recipe} {path.read_text()}".encode()).hexdigest()[:12]
 
 
+def _results(result: Record) -> dict[str, float]:
+    """Return the numbers of a finished trial: they are logged at step 0, which MLflow draws as bars."""
+    costs = {name: value for name in _COSTS if (value := getattr(result, name)) is not None}
+    return {_test(name): value for name, value in result.metrics.items()} | costs
+
+
 def _test(name: str) -> str:
-    """A prefix gives the results a section of their own above the curves; step 0 draws them as bars."""
+    """Return a metric's name with the prefix that gives the results a section of their own above the curves."""
     return "test/" + name.removeprefix("test_")
 
 
 def _metrics(values: dict[str, Any], timestamp: int, step: int) -> list[Metric]:
-    """Numbers only, and no infinity: a store would show 1.8e308."""
+    """Return the values that are finite numbers: a store would show infinity as 1.8e308."""
     return [
         Metric(name, float(value), timestamp, step)
         for name, value in values.items()

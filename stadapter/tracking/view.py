@@ -1,8 +1,8 @@
 """The page that MLflow opens on a sweep: one bar per arm, seeds averaged, arms in the order of the table.
 
-MLflow keeps its users' saved views ("Views" above the list of runs) as tags of the experiment, in JSON: a name and a
-state. The state's format is not documented (written for MLflow 3.17). Where another version reads it differently
-the page comes up with its default charts; the runs are not touched by it.
+MLflow keeps saved views ("Views" above the list of runs) as tags of the experiment, in JSON: a name and a state. The
+state's format is not documented (written for MLflow 3.17). A version that reads it differently shows its default
+charts; the runs are untouched.
 """
 
 from __future__ import annotations
@@ -21,20 +21,8 @@ _EPOCHS = {"lineSmoothness": 0, "useGlobalLineSmoothing": False, "xAxisKey": "st
 
 
 def saved_view(sweep: Sweep, parent_id: str, created_ms: int, test_metrics: list[str]) -> str:
-    """The tag's value. `test_metrics` as they are logged, the one that decides first."""
-    charts: list[dict[str, Any]] = [
-        {"type": "BAR", "metricKey": test_metrics[0]},
-        _epochs("val_top1"),
-        # Cost against gain: right of another and not above it is not worth its parameters.
-        {"type": "SCATTER", "xaxis": _metric("trainable_params"), "yaxis": _metric(test_metrics[0])},
-        *({"type": "BAR", "metricKey": name} for name in test_metrics[1:]),
-        _epochs("train_loss"),
-        {"type": "BAR", "metricKey": "seconds"},
-    ]
-    common = {"metricSectionId": _SECTION, "runsCountToCompare": 100, "deleted": False, "isGenerated": False}
+    """Return the tag's value. `test_metrics` are named as they are logged, the one that decides first."""
     ablated = list(dict.fromkeys(path for arm in sweep.arms for path in arm.fields))
-    columns = [f"params.`{path}`" for path in [*ablated, "seed"]]
-    columns += [f"metrics.`{name}`" for name in [*test_metrics, "trainable_params", "seconds"]]
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'",
         "orderByKey": "tags.`order`",
@@ -42,25 +30,39 @@ def saved_view(sweep: Sweep, parent_id: str, created_ms: int, test_metrics: list
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [_arm(sweep, ablated)]},
         "useGroupedValuesInCharts": True,
         "runsHiddenMode": "SHOW_ALL",
-        "selectedColumns": columns,
-        "compareRunSections": [
-            {
-                "uuid": _SECTION,
-                "name": sweep.name,
-                "display": True,
-                "isReordered": True,
-                "columns": 2,
-                "cardHeight": 400,
-            }
+        "selectedColumns": [
+            *(f"params.`{path}`" for path in [*ablated, "seed"]),
+            *(f"metrics.`{name}`" for name in [*test_metrics, "trainable_params", "seconds"]),
         ],
-        "compareRunCharts": [{"uuid": f"chart{i}", **common, **chart} for i, chart in enumerate(charts)],
+        "compareRunSections": [_section(sweep)],
+        "compareRunCharts": _charts(test_metrics),
     }
     name = f"{sweep.name} · {sweep.recipe.name}"
     return json.dumps({"name": name, "createdAt": created_ms, "updatedAt": created_ms, "state": json.dumps(state)})
 
 
+def _section(sweep: Sweep) -> dict[str, Any]:
+    shape = {"display": True, "isReordered": True, "columns": 2, "cardHeight": 400}
+    return {"uuid": _SECTION, "name": sweep.name} | shape
+
+
+def _charts(test_metrics: list[str]) -> list[dict[str, Any]]:
+    """Return the charts of the page in their order."""
+    charts: list[dict[str, Any]] = [
+        {"type": "BAR", "metricKey": test_metrics[0]},
+        _epochs("val_top1"),
+        # Cost against gain: an arm to the right of another and not above it is not worth its parameters.
+        {"type": "SCATTER", "xaxis": _metric("trainable_params"), "yaxis": _metric(test_metrics[0])},
+        *({"type": "BAR", "metricKey": name} for name in test_metrics[1:]),
+        _epochs("train_loss"),
+        {"type": "BAR", "metricKey": "seconds"},
+    ]
+    common = {"metricSectionId": _SECTION, "runsCountToCompare": 100, "deleted": False, "isGenerated": False}
+    return [{"uuid": f"chart{i}", **common, **chart} for i, chart in enumerate(charts)]
+
+
 def params(recipe: Recipe) -> dict[str, str]:
-    """The recipe as text. A kernel's extents stand alone too: as numbers they can be the axis of a chart."""
+    """Return the recipe's fields as text. A kernel's extents stand alone too: numbers can be the axis of a chart."""
     params: dict[str, str] = {}
     for path, value in flatten(recipe).items():
         if path == "adapter.kernel_size":
@@ -76,9 +78,9 @@ def params(recipe: Recipe) -> dict[str, str]:
 
 
 def _arm(sweep: Sweep, ablated: list[str]) -> dict[str, str]:
-    """What tells the arms apart: the ablated field where their labels end in its values, else their labels.
+    """Return what MLflow groups runs by: the ablated field if the arms' labels end in its values, or the labels.
 
-    The list of runs is narrow: of `kernel 3x3x3` it shows `kernel ...`, of the field's value all.
+    The list of runs is narrow: it shows `kernel ...` of a label `kernel 3x3x3`, but the whole value of a field.
     """
     if len(ablated) == 1 and all(t.arm.endswith(f" {params(t.recipe)[ablated[0]]}") for t in sweep.trials):
         return {"mode": "param", "groupByData": ablated[0]}
@@ -86,7 +88,7 @@ def _arm(sweep: Sweep, ablated: list[str]) -> dict[str, str]:
 
 
 def address(experiment_id: str, key: str) -> str:
-    """Where the view is, below the address of an MLflow server."""
+    """Return the address of a saved view below that of an MLflow server."""
     query = {"viewStateShareKey": key, "compareRunsMode": "CHART", "workflowType": "machine_learning"}
     return f"/#/experiments/{experiment_id}/runs?{urlencode(query)}"
 

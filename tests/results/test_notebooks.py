@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "analysis").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make demo` leaves, with one trial that has not finished."""
+    """An output folder as `make demo` leaves it, with one trial that has not finished."""
     folder = tmp_path_factory.mktemp("demo")
     sweep = made_up.kernel_sweep()
     made_up.write(sweep, folder, made_up.KERNEL, leave_out=5)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
+import typing
+from pathlib import Path
 
 import pytest
 from scipy import stats
 
 from stadapter import config, recipes
+from stadapter.config import Placement
 from stadapter.results.paired_tests import compare, holm, summarise
-from stadapter.results.paper import published
+from stadapter.results.paper import PAPER, published
 
 A = {0: 71.2, 1: 73.9, 2: 70.1, 3: 74.4}
 B = {0: 70.0, 1: 71.1, 2: 69.9, 3: 72.0}
@@ -95,6 +99,60 @@ def test_an_unverified_value_is_marked_and_needs_the_right_number_of_parameters(
         assert published(config.replace(twelve, **{"adapter.kernel_size": (kernel, 1, 1)}), 7_243_950) is None
     other = dataclasses.replace(twelve, strategy="linear_probe")
     assert published(other, 7_200_000) is None
+
+
+PAPER_WITH_HOLES = """
+[recipe.kinetics400]
+placement = "after_mhsa"
+kernel = [3, 1, 1]
+[[accuracy]]  # nothing but a number
+top1 = 99.0
+status = "verified"
+[[accuracy]]  # frames and views are not said, and no top-1
+dataset = "kinetics400"
+backbone = "clip_vit_b16"
+status = "verified"
+[[accuracy]]  # in all the right configuration, but only heard of
+dataset = "kinetics400"
+backbone = "clip_vit_b16"
+adapters = "12x384"
+frames = 8
+views = "3x1"
+top1 = 98.0
+tuned_params_m = 7.4
+source = "one talk"
+status = "disputed"
+[[accuracy]]  # no status
+dataset = "kinetics400"
+backbone = "clip_vit_b16"
+frames = 32
+top1 = 97.0
+tuned_params_m = 7.4
+"""
+
+
+def test_a_row_with_missing_fields_fits_no_arm_and_one_of_another_status_is_unverified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "paper.toml").write_text(PAPER_WITH_HOLES)
+    monkeypatch.setattr("stadapter.results.paper.PAPER", tmp_path / "paper.toml")
+    recipe, params = recipes.kinetics400_clip_b16, 7_417_744
+    assert published(recipe) is None
+    disputed = published(recipe, params)
+    assert disputed is not None and not disputed.is_verified
+    assert (str(disputed), disputed.source) == ("98.0 ?", "one talk")
+    assert published(recipes.ssv2_clip_b16, params) is None
+
+
+def test_no_row_of_the_paper_that_is_unverified_is_printed_as_verified() -> None:
+    rows = tomllib.loads(PAPER.read_text())["accuracy"]
+    verified = {row["top1"] for row in rows if row["status"] == "verified"}
+    for name in recipes.names():
+        for placement in typing.get_args(Placement):
+            recipe = config.replace(recipes.get(name), **{"adapter.placement": placement})
+            for params in (None, 7_243_950, 7_200_000, 14_354_094):
+                found = published(recipe, params)
+                assert found is None or (str(found).endswith("✓") == (found.top1 in verified))
 
 
 @pytest.mark.parametrize(

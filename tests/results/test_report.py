@@ -347,3 +347,21 @@ def test_published_values_are_shown_with_their_status_and_source() -> None:
     assert "82.0 $^{\\mathrm{v}}$" in to_latex(found)
     (stars,) = [line for line in draw(found).axes[0].lines if line.get_label() == "published"]
     assert (list(stars.get_xdata()), list(stars.get_ydata())) == ([384.0], [82.0])
+
+
+def test_an_unverified_value_is_a_hollow_star_and_every_source_is_named() -> None:
+    arms = [Arm(place, {"adapter.placement": place}, x) for x, place in enumerate(("both", "before_mhsa"))]
+    sweep = make_sweep("places", "?", recipes.ssv2_clip_b16, arms, 1, axis=Axis("place"))
+    params = {"both": 14_354_094, "before_mhsa": 7_243_950}
+    records = [made_up.result(trial, 60.0, trainable_params=params[trial.arm]) for trial in sweep.trials]
+    found = Answer(sweep, records)
+    header, verified, unverified = table.grid(found.rows)
+    paper = header.index("paper %")
+    assert (verified[paper], unverified[paper]) == ("67.1 ✓", "66.3 ?")
+    assert any("67.1 ✓ STAN" in note and "66.3 ? review of the paper" in note for note in found.notes)
+    stars = {str(line.get_label()): line for line in draw(found).axes[0].lines if line.get_marker() == "*"}
+    assert {label: list(line.get_ydata()) for label, line in stars.items()} == {
+        "published": [67.1],
+        "published, unverified": [66.3],
+    }
+    assert stars["published, unverified"].get_markerfacecolor() == "none"

@@ -1,4 +1,4 @@
-"""The MLflow mirror: what it writes from run folders, that writing again changes nothing, and that it never hurts."""
+"""The MLflow mirror writes from run folders, changes nothing when it writes again, and never hurts a sweep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlflow.entities import Run
 from stadapter.config import ConfigError, flatten
 from stadapter.recipes import embedded
 from stadapter.tracking.mirror import Mirror, sync
-from stadapter.tracking.store import pages
+from stadapter.tracking.reader import pages
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Arm, Sweep, Trial, make_sweep
 
@@ -59,7 +59,7 @@ def write_result(trial: Trial, output: Path) -> None:
 
 
 def run_whole(mirror: Mirror, sweep: Sweep, output: Path, tables: list[Path]) -> None:
-    """A sweep as its driver sees it."""
+    """Mirror a sweep in the order in which its driver does."""
     mirror.start()
     for trial in sweep.trials:
         mirror.trial_started(trial)
@@ -71,7 +71,7 @@ def run_whole(mirror: Mirror, sweep: Sweep, output: Path, tables: list[Path]) ->
 
 
 class Store:
-    """What a test reads from the store."""
+    """A store as the tests read it."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -361,6 +361,18 @@ def test_a_store_that_could_not_be_opened_meanwhile_costs_one_warning(
     for trial in sweep.trials:
         mirror.trial_started(trial)
     assert len(said) == 1 and "(gone)" in said[0]
+
+
+def test_a_store_that_never_opens_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, said, released = a_sweep(), list[str](), threading.Event()
+    mirror = Mirror(sweep, tmp_path, "sqlite:///never-opened.db", say=said.append)
+    monkeypatch.setattr("stadapter.tracking.mirror.OPENING_S", 0.1)
+    monkeypatch.setattr(mirror._store, "open", lambda: released.wait(20))
+    mirror.start()
+    for trial in sweep.trials:
+        mirror.trial_started(trial)
+    released.set()
+    assert len(said) == 1 and "it did not open within 0.1 s" in said[0]
 
 
 def test_a_store_that_dies_in_the_middle_is_completed_by_sync(

@@ -1,4 +1,4 @@
-"""What somebody does with an MLflow store: look at a sweep in a browser, and load a trial's model."""
+"""An MLflow store in use: a sweep looked at in a browser, and a trial's model loaded."""
 
 from __future__ import annotations
 
