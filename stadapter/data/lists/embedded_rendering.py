@@ -54,7 +54,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Track:
-    """What one digit does over time; every array is [T]."""
+    """The path of one digit over time; every array is [T]."""
 
     x: Floats  # of its centre
     y: Floats
@@ -63,6 +63,7 @@ class Track:
     opacity: Floats
 
     def reversed(self) -> Track:
+        """Return the same path backwards in time."""
         return Track(self.x[::-1], self.y[::-1], self.size[::-1], self.angle[::-1], self.opacity[::-1])
 
 
@@ -71,7 +72,7 @@ class Track:
 
 @cache
 def digit_instances(split: str) -> tuple[NDArray[np.int64], ...]:
-    """Per digit class, the indices into `load_digits` that belong to `split` (or to "pretraining")."""
+    """Return, for each digit class, the indices into `load_digits` that belong to `split` (or to "pretraining")."""
     labels = _digits()[1]
     rng = np.random.default_rng(WORLD_SEED)
     shares = []
@@ -89,7 +90,7 @@ def digit_instances(split: str) -> tuple[NDArray[np.int64], ...]:
 
 @cache
 def _digits() -> tuple[Floats, NDArray[np.int64]]:
-    """All glyphs in [0, 1] with a border of one empty pixel, [1797, 10, 10], and their digit classes."""
+    """Return all glyphs in [0, 1] with a border of one empty pixel, [1797, 10, 10], and their digit classes."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -98,7 +99,7 @@ def _digits() -> tuple[Floats, NDArray[np.int64]]:
 
 @cache
 def _photographs() -> tuple[Floats, ...]:
-    """Both photographs in [0, 1] at full, half and third resolution, each [H, W, 3]."""
+    """Return both photographs in [0, 1] at full, half and third resolution, each [H, W, 3]."""
     from sklearn.datasets import load_sample_images
 
     levels = []
@@ -116,7 +117,7 @@ def load_material() -> None:
 
 
 def _background(rng: Generator) -> Floats:
-    """A crop of a photograph, wider than a frame by the camera's shake, with random contrast."""
+    """Return a crop of a photograph, wider than a frame by the camera's shake, with random contrast."""
     photos = _photographs()
     photo = photos[rng.integers(len(photos))]
     side = FRAME_SIZE + 2 * _MAX_SHAKE
@@ -129,7 +130,7 @@ def _background(rng: Generator) -> Floats:
 
 
 def _colour(rng: Generator, background: Floats) -> Floats:
-    """A random colour that stands out from the background's mean in brightness."""
+    """Return a random colour that stands out from the background's mean in brightness."""
     level = background.mean()
     while True:
         colour = rng.random(3, dtype=np.float32)
@@ -141,7 +142,7 @@ def _colour(rng: Generator, background: Floats) -> Floats:
 
 
 def motion_tracks(motion: int, rng: Generator) -> list[Track]:
-    """The tracks of a clip's digits. Classes 2p and 2p + 1 make the same draws; the latter reads them backwards."""
+    """Return the tracks of a clip's digits. Classes 2p and 2p + 1 make the same draws; the latter are reversed."""
     steps = np.exp(rng.normal(0, 0.4, NUM_FRAMES - 1))  # speed jitter; always forwards
     progress = np.concatenate([[0], np.cumsum(steps)]) / steps.sum() - 0.5  # from -0.5 to 0.5
     x, y = rng.uniform(22, 38, 2)
@@ -179,7 +180,7 @@ def _track(*values: float | NDArray[np.float64], frames: int = NUM_FRAMES) -> Tr
 
 
 def _coverage(glyph: Floats, track: Track) -> Floats:
-    """How much of each pixel the digit covers, [T, H, W]: bilinear look-up of the turned and scaled glyph."""
+    """Return the share of each pixel that the digit covers, [T, H, W], by bilinear look-up in the glyph."""
     axis = np.arange(FRAME_SIZE, dtype=np.float32) + 0.5
     dx, dy = (axis - c[:, None] for c in (track.x, track.y))  # [T, W], [T, H]
     cos, sin = (f(track.angle)[:, None] * 8 / track.size[:, None] for f in (np.cos, np.sin))
@@ -224,12 +225,12 @@ def _render(rng: Generator, instances: list[int], tracks: list[Track]) -> tuple[
 
 
 def clip_labels(index: int) -> tuple[int, int]:
-    """(motion, digit) of a clip: every run of 120 indices holds each combination once."""
+    """Return (motion, digit) of a clip: every run of 120 indices holds each combination once."""
     return index % len(MOTION_CLASSES), index // len(MOTION_CLASSES) % len(DIGIT_CLASSES)
 
 
 def render_clip(split: str, index: int) -> Pixels:
-    """The frames of one clip, [T, H, W, 3]; both digits of the last pair are of the same class."""
+    """Return the frames of one clip, [T, H, W, 3]; both digits of the last pair are of the same class."""
     motion, digit = clip_labels(index)
     rng = np.random.default_rng((WORLD_SEED, _STREAMS[split], index))
     tracks = motion_tracks(motion, rng)
@@ -240,9 +241,9 @@ def render_clip(split: str, index: int) -> Pixels:
 def still_images(
     count: int, seed: int = 0, split: str = "pretraining"
 ) -> Iterator[tuple[Pixels, Floats, NDArray[np.int64]]]:
-    """Pictures for pretraining: pixels [H, W, 3], which digits are there [10], and a label per patch [25] (10: none).
+    """Yield pictures for pretraining: pixels [H, W, 3], 1 for each digit shown [10], a label per patch [25] (10: none).
 
-    One or two digits, of any class, in all the places, sizes, angles and opacities which clips show them in.
+    They show one or two digits, of any class, in all places, sizes, angles and opacities that occur in clips.
     """
     grid = FRAME_SIZE // PATCH_SIZE
     for index in range(count):
