@@ -27,7 +27,7 @@ from typing import Any
 
 from stadapter import config, recipes
 from stadapter.config import Recipe
-from stadapter.data.lists.embedded import MOTION_CLASSES, render_clip, write_mp4
+from stadapter.data.lists.embedded_rendering import MOTION_CLASSES, render_clip, write_mp4
 from stadapter.data.lists.formats import load_clips
 from stadapter.results import table
 from stadapter.trials import record, status

@@ -12,7 +12,7 @@ import torch
 
 from stadapter import config, recipes
 from stadapter.config import Recipe
-from stadapter.data.lists.embedded import MOTION_CLASSES, render_clip, write_mp4
+from stadapter.data.lists.embedded_rendering import MOTION_CLASSES, render_clip, write_mp4
 from stadapter.training.loop import train
 from stadapter.training.options import TrainOptions
 

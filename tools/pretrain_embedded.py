@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, seed_weights
-from stadapter.data.lists import embedded
+from stadapter.data.lists import embedded_rendering
 
 MEAN, STD = 0.5, 0.5  # of pixels in [0, 1], every channel
 BATCH, PEAK_LR, WARMUP_SHARE = 128, 2.5e-3, 0.05
@@ -41,8 +41,8 @@ class StillModel(nn.Module):
         super().__init__()
         self.vit = ViT(EMBEDDED_SHAPE)
         seed_weights(self.vit, seed)
-        self.cls_head = nn.Linear(EMBEDDED_SHAPE.width, len(embedded.DIGIT_CLASSES))
-        self.patch_head = nn.Linear(EMBEDDED_SHAPE.width, len(embedded.DIGIT_CLASSES) + 1)
+        self.cls_head = nn.Linear(EMBEDDED_SHAPE.width, len(embedded_rendering.DIGIT_CLASSES))
+        self.patch_head = nn.Linear(EMBEDDED_SHAPE.width, len(embedded_rendering.DIGIT_CLASSES) + 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [M, 3, H, W] -> digit logits [M, 10] and patch logits [M, 25, 11]."""
@@ -51,10 +51,10 @@ class StillModel(nn.Module):
 
 
 def render_stills(count: int, seed: int, split: str) -> Stills:
-    images = np.empty((count, embedded.FRAME_SIZE, embedded.FRAME_SIZE, 3), np.uint8)
+    images = np.empty((count, embedded_rendering.FRAME_SIZE, embedded_rendering.FRAME_SIZE, 3), np.uint8)
     present = np.empty((count, 10), np.float32)
     patches = np.empty((count, EMBEDDED_SHAPE.num_patches), np.int64)
-    for index, still in enumerate(embedded.still_images(count, seed, split)):
+    for index, still in enumerate(embedded_rendering.still_images(count, seed, split)):
         images[index], present[index], patches[index] = still
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.from_numpy(present), torch.from_numpy(patches)
@@ -76,7 +76,7 @@ def evaluate(model: StillModel, stills: Stills) -> dict[str, float]:
     return {
         "digits_exact": ((torch.cat(cls_logits) > 0) == (stills[1] > 0)).all(1).float().mean().item(),
         "patch_accuracy": right.float().mean().item(),
-        "digit_patch_accuracy": right[stills[2] != embedded.BACKGROUND].float().mean().item(),
+        "digit_patch_accuracy": right[stills[2] != embedded_rendering.BACKGROUND].float().mean().item(),
     }
 
 
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             shape=vars(EMBEDDED_SHAPE),
             normalisation={"mean": MEAN, "std": STD},
             pretraining={"images": args.images, "epochs": args.epochs, "finished": epoch, "seed": args.seed},
-            world_version=embedded.WORLD_VERSION,
+            world_version=embedded_rendering.WORLD_VERSION,
             results={name: round(value, 4) for name, value in summary.items()},
         )
     print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB)")

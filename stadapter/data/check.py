@@ -1,4 +1,4 @@
-"""A whole data set looked at, clip by clip: what is missing, unreadable, too short or there twice.
+"""A check of every clip of a data set: which are missing, unreadable, too short or there twice.
 
 Every clip is opened as training opens it and frames over its whole length are decoded, so a clip that passes here reads
 later too. Clips are equal when their files are, byte for byte (and, inside a long video, their segments).
@@ -31,12 +31,12 @@ PROBLEMS = ("missing", "unreadable", "too_short", "duplicate")
 REPORT = "report.csv"
 _LOOKED_AT = 8  # frames per clip, its first and last ones among them
 _PER_TASK = 16  # clips handed to a worker at a time
-_ANY_LABEL = 100_000  # classes of a list of numbers, where nobody said how many
+_ANY_LABEL = 100_000  # classes of a list of numbers whose number of classes was not given
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one clip of a list."""
+    """A problem with one clip of a list."""
 
     split: str
     index: int
@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Look:
-    """What one clip's file is; `problem` is empty for a good one."""
+    """The result of opening one clip; `problem` is empty for a good one."""
 
     problem: str
     detail: str
@@ -82,8 +82,10 @@ def look_at(path: str, min_frames: int, reading: Reading) -> Look:
 
 
 def look_at_all(clips: ClipList, min_frames: int, workers: int, reading: Reading) -> Iterator[Look]:
-    """`look_at` for each clip, in the order of the list, by `workers` processes. A file that kills its process is
-    found and unreadable."""
+    """Yield `look_at` of each clip, in the order of the list, from `workers` processes.
+
+    A file that crashes its process is found, and counts as unreadable.
+    """
     paths = [storage.join(clips.root, path) for path in clips.paths]
     tasks = [paths[start : start + _PER_TASK] for start in range(0, len(paths), _PER_TASK)]
     done = 0
@@ -92,7 +94,7 @@ def look_at_all(clips: ClipList, min_frames: int, workers: int, reading: Reading
             for looks in _run(tasks[done:], min_frames, workers, reading):
                 yield from looks
                 done += 1
-        except BrokenProcessPool:  # by one of the tasks in work: the first of them is looked at clip by clip
+        except BrokenProcessPool:  # by a task in work: go through the first of them clip by clip
             for path in tasks[done]:
                 try:
                     yield next(_run([[path]], min_frames, 1, reading))[0]
@@ -117,7 +119,7 @@ def _look_at_some(paths: list[str], min_frames: int, reading: Reading) -> list[L
 def find_problems(
     clips: ClipList, looks: Iterable[Look], seen: dict[str, str], on_clip: Callable[[], object] = lambda: None
 ) -> Iterator[Finding]:
-    """What is wrong with the clips of one list. `seen` maps contents to the clip that had them first, and grows."""
+    """Yield the problems of one list. `seen` maps contents to the clip that had them first, and grows."""
     for index, look in enumerate(looks):
         on_clip()
         if look.problem:
@@ -129,7 +131,7 @@ def find_problems(
 
 
 def write_report(folder: Path, lists: Sequence[ClipList], findings: Sequence[Finding]) -> None:
-    """report.csv, a row per problem, and cleaned lists train.txt and val.txt without the clips that have one."""
+    """Write report.csv, a row per problem, and lists train.txt and val.txt without the clips that have one."""
     by_split = {clips.split: clips for clips in lists}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -154,7 +156,7 @@ def _words(label: int | tuple[int, ...]) -> str:
 
 
 def prepare_output(folder: Path) -> None:
-    """Create the folder; ConfigError where it cannot be written or holds files that would be overwritten."""
+    """Create the folder. Raises ConfigError if it cannot be written or holds files that would be overwritten."""
     for name in (REPORT, "train.txt", "val.txt"):
         if (folder / name).exists():
             raise ConfigError(f"--output {folder}: already holds {name}, which is not overwritten; choose another")
@@ -167,7 +169,7 @@ def prepare_output(folder: Path) -> None:
 
 
 def class_config(dataset: str, data_root: str, num_classes: int | None) -> DataConfig:
-    """The settings needed to read a data set's lists: its number of classes, counted where nobody said it."""
+    """Return the settings needed to read a data set's lists, counting its classes if their number is not given."""
     published = {"ssv2": 174, "kinetics400": 400, "epic_kitchens100": 397}
     groups = (97, 300) if dataset == "epic_kitchens100" else None
     if num_classes is None:
@@ -180,7 +182,7 @@ def class_config(dataset: str, data_root: str, num_classes: int | None) -> DataC
 
 
 def summary(clips: ClipList, findings: Sequence[Finding], decoder: str) -> str:
-    """`train: 16 clips, fingerprint 0123456789abcdef, decoder auto: 1 missing, 2 unreadable`"""
+    """Return `train: 16 clips, fingerprint 0123456789abcdef, decoder auto: 1 missing, 2 unreadable`."""
     count = Counter(found.problem for found in findings if found.split == clips.split)
     said = ", ".join(f"{count[problem]:,} {problem.replace('_', ' ')}" for problem in PROBLEMS if count[problem])
     data = f"{len(clips):,} clips, fingerprint {clips.fingerprint()}, decoder {decoder}"

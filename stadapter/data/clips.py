@@ -1,9 +1,8 @@
 """Clips as batches of pixels: a data set whose items are pure functions of (seed, epoch, index), and its loaders.
 
-Nothing here depends on who asks: the same global batch comes out whatever the number of processes, loader workers or
-passes it is split into. Loader workers are started by a fork server, never forked from the training process, since
-neither a decoder nor CUDA survives a fork with threads; a script that uses workers therefore guards its start by
-`if __name__ == "__main__":`.
+The same global batch comes out whatever the number of processes, loader workers or passes it is split into. Loader
+workers are started by a fork server, never forked from the training process, since neither a decoder nor CUDA survives
+a fork with threads. A script that uses workers therefore guards its start by `if __name__ == "__main__":`.
 
 Shapes: B clips in a micro-batch, G clips in a global batch, V views, T frames, S = frame_size.
 """
@@ -52,9 +51,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
     it, with its own label; in testing its pixels are zeros, and it must be counted as wrong. `bad_clips` names each
     clip that could not be read on the way to this item.
 
-    With `rows` (`stadapter.data.cache.tokens.Rows`), a clip whose row is there has tokens [T, S, D] in place of pixels,
-    and is not read. Of the others, `row` int64 [] is where the tokens of these pixels belong, with the `stamp` int64 []
-    that the file had before it was read, or -1 if they must not be kept.
+    With `rows`, a clip whose row is kept has tokens [T, S, D] in place of pixels, and is not read. Of the others, `row`
+    int64 [] is where the tokens of these pixels belong, with the `stamp` int64 [] that the file had before it was read,
+    or -1 if they must not be kept.
     """
 
     def __init__(
@@ -81,6 +80,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return len(self._labels)
 
     def path(self, index: int) -> str:
+        """Return the path or address of a clip."""
         start = int(self._path_ends[index - 1]) if index else 0
         encoded = self._path_bytes[start : int(self._path_ends[index])].numpy().tobytes()
         return storage.join(self.root, os.fsdecode(encoded))
@@ -105,7 +105,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             return self._item(key, shown, key, [BadClip.of(key, error)])
 
     def _shown(self, index: int, read: Callable[..., Tensor], *key: int) -> dict[str, Tensor]:
-        """A clip's pixels, or its tokens where they are kept. ClipError."""
+        """Return a clip's pixels, or its tokens if they are kept. Raises ClipError if it cannot be read."""
         if self.rows is None:
             return {"pixels": _twice(read, *key)}
         stamp = self.rows.stamp(self.path(index))
@@ -124,7 +124,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         }
 
     def _train_item(self, showing: int, index: int) -> dict[str, Any]:
-        """A clip, or the first readable one after it."""
+        """Return a clip, or the first readable one after it. Raises ClipError if there is none nearby."""
         bad_clips: list[BadClip] = []
         for offset in range(min(_MAX_REPLACEMENTS + 1, len(self))):
             source = (index + offset) % len(self)
@@ -195,14 +195,17 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def steps_per_epoch(num_clips: int, global_batch: int, repeats: int = 1) -> int:
-    """Complete global batches in one epoch, which shows each clip `repeats` times; a ConfigError if there is none."""
+    """Return the number of complete global batches in an epoch, which shows each clip `repeats` times.
+
+    Raises ConfigError if there is none.
+    """
     if num_clips < global_batch // repeats:
         raise ConfigError(f"optim.global_batch = {global_batch}: the training list has only {num_clips} clips")
     return num_clips // (global_batch // repeats)
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch shows the clips: int64 [num_clips], a permutation."""
+    """Return the order in which an epoch shows the clips: int64 [num_clips], a permutation."""
     return np.random.default_rng((_ORDER, seed, epoch)).permutation(num_clips)
 
 
@@ -211,7 +214,7 @@ RemoteLoader = Callable[[ClipDataset, Iterable[Sequence[Any]]], Iterable[dict[st
 
 
 class GlobalBatches(Sampler[list[TrainKey]]):
-    """One process's keys for a range of optimiser steps, a micro-batch at a time.
+    """The keys that one process reads in a range of optimiser steps, a micro-batch at a time.
 
     Step s belongs to epoch s // steps_per_epoch and takes the next G clips of that epoch's order; an incomplete last
     batch is dropped. With repeated augmentation it takes the next G / repeats clips, each `repeats` times. Process
@@ -271,8 +274,11 @@ def train_loader(
     pin_memory: bool = False,
     remote_loader: RemoteLoader | None = None,
 ) -> Iterable[dict[str, Any]]:
-    """This process's micro-batches for the steps, in order: pixels [B, T, 3, S, S], label, index, position int64 [B]
-    (the position in the global batch), bad bool [B], bad_clips a list of those that could not be read."""
+    """Return this process's micro-batches for the steps, in order.
+
+    A batch holds pixels [B, T, 3, S, S], label, index and position (in the global batch) int64 [B], bad bool [B], and
+    bad_clips, a list of those that could not be read.
+    """
     batches = GlobalBatches(
         len(dataset),
         global_batch,
@@ -298,9 +304,11 @@ def test_loader(
     pin_memory: bool = False,
     remote_loader: RemoteLoader | None = None,
 ) -> Iterable[dict[str, Any]]:
-    """This process's share of the clips, every `world`-th one, none twice: pixels [B, V, T, 3, S, S], label and index
-    int64 [B], bad bool [B], bad_clips a list of those that could not be read. The last batch may be smaller, and a
-    share may be empty."""
+    """Return this process's share of the clips: every `world_size`-th one, none twice.
+
+    A batch holds pixels [B, V, T, 3, S, S], label and index int64 [B], bad bool [B], and bad_clips, a list of those
+    that could not be read. The last batch may be smaller, and a share may be empty.
+    """
     share = range(rank, len(dataset), world_size)
     batches = [list(share[start : start + batch]) for start in range(0, len(share), batch)]
     if remote_loader is not None:

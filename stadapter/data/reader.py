@@ -1,8 +1,8 @@
-"""Frames of a clip that may lie far away, or inside a long video, or in a file that no decoder ever returns from.
+"""Reading the frames of a clip: from a remote file, a segment of a long video, a cache, within a time limit.
 
-A read that takes too long is given up: it goes on in a thread of its own, which nobody waits for, and the clip counts
-as unreadable. (A thread can be left alone because every decoder here works without Python's lock.) A clip given up
-twice in a process is not tried there again. decord, which is known to crash and to hang, works in a process apart.
+A read that takes too long is given up: the clip counts as unreadable, and its thread is left behind. (It disturbs
+nothing, because every decoder here works without Python's lock.) A clip given up twice in a process is not tried there
+again. decord, which is known to crash and to hang, works in a separate process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from stadapter.data.video.packets import Indices, PathLike
 
 DEFAULT_TIME_LIMIT_S = 60.0
 
-
 Sampling = Callable[[int], Sequence[int]]  # number of frames -> indices
 
 _GIVE_UPS = 2
@@ -38,11 +37,11 @@ _given_up: dict[str, int] = {}  # path -> times
 
 @dataclass(frozen=True)
 class Reading:
-    """How frames are read: nothing here changes one.
+    """How frames are read. No option changes a frame.
 
-    `in_memory` keeps every frame of tiny clips (64 frames, 1 MiB) in this process, up to 512 MiB, for all data sets
-    made in it: a process that runs trial after trial decodes once. Loader workers end with their loader and gain
-    nothing from it between trials.
+    `in_memory` keeps every frame of tiny clips (64 frames, 1 MiB) in this process, up to 512 MiB, for all its data
+    sets: a process that runs trial after trial decodes once. Loader workers gain nothing between trials, since they
+    end with their loader.
     """
 
     decoder: Backend = "auto"
@@ -53,39 +52,45 @@ class Reading:
 
 
 def read_frames(path: str, indices: Sampling, reading: Reading, short_side: int | None = None) -> np.ndarray:
-    """The frames of a clip, uint8 [T, H, W, 3]; `indices` count within its segment, if it is one. ClipError names it.
+    """Return the frames of a clip, uint8 [T, H, W, 3]. Raises ClipError if it cannot be read in time.
 
-    `short_side` is `decode`'s.
+    `indices` count within the clip's segment, if it has one; `short_side` is `decode`'s.
     """
     if _given_up.get(path, 0) >= _GIVE_UPS:
         raise ClipError(f"{path}: was given up before: reading it took longer than {reading.time_limit_s:g} s")
     file, frames = split_segment(path)
     if frames is not None:
-        indices = _within(path, *frames, indices)
-    finished: list[np.ndarray | BaseException] = []
-
-    def read() -> None:
-        try:
-            finished.append(_read(file, indices, reading, short_side))
-        except BaseException as error:
-            finished.append(error)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    waited_s = 0.0
-    while thread.is_alive() and waited_s < reading.time_limit_s:
-        # In short steps, each counted as what was asked for: time in which this process was stopped or starved by
-        # others is not held against the clip.
-        step_s = min(1.0, reading.time_limit_s - waited_s)
-        thread.join(step_s)
-        waited_s += step_s
-    if not finished:
+        indices = _within_segment(path, *frames, indices)
+    outcome = _within_time(lambda: _read(file, indices, reading, short_side), reading.time_limit_s)
+    if outcome is None:
         stop()
         _given_up[path] = _given_up.get(path, 0) + 1
         raise ClipError(f"{path}: was given up: reading it took longer than {reading.time_limit_s:g} s")
-    if isinstance(finished[0], BaseException):
-        raise finished[0]
-    return finished[0]
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+def _within_time(read: Callable[[], np.ndarray], limit_s: float) -> np.ndarray | BaseException | None:
+    """Return what `read` returned or raised in a thread, or None if it is still at work after `limit_s`."""
+    finished: list[np.ndarray | BaseException] = []
+
+    def run() -> None:
+        try:
+            finished.append(read())
+        except BaseException as error:
+            finished.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    waited_s = 0.0
+    while thread.is_alive() and waited_s < limit_s:
+        # In short steps, each counted with the length it should have: time in which this process was stopped or starved
+        # is not held against the clip.
+        step_s = min(1.0, limit_s - waited_s)
+        thread.join(step_s)
+        waited_s += step_s
+    return finished[0] if finished else None
 
 
 def _read(file: str, indices: Sampling, reading: Reading, short_side: int | None) -> np.ndarray:
@@ -105,8 +110,8 @@ def _read(file: str, indices: Sampling, reading: Reading, short_side: int | None
     return reading.cache.read(file, indices, decode_here) if reading.cache else decode_here(file, indices)
 
 
-def _within(path: str, first: int, end: int, indices: Sampling) -> Sampling:
-    """Indices into a segment as indices into its video, which may end before the segment should."""
+def _within_segment(path: str, first: int, end: int, indices: Sampling) -> Sampling:
+    """Return indices into a segment as indices into its video, which may end before the segment should."""
 
     def shifted(total: int) -> list[int]:
         length = min(end, total) - first
@@ -121,7 +126,7 @@ def _through_memory(file: str, indices: Sampling, settings: str, decode_here: De
     try:
         stat = os.stat(file)
     except OSError:
-        return decode_here(file, indices)  # says what is wrong
+        return decode_here(file, indices)  # raises the error that names the cause
     key = (file, stat.st_size, stat.st_mtime_ns, settings)
     if key in _MEMORY:
         return _MEMORY[key][indices(len(_MEMORY[key]))]

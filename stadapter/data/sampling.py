@@ -1,8 +1,8 @@
-"""Which frames of a clip are looked at, and which crops of a frame: index arithmetic only.
+"""Index arithmetic: the frames that are sampled from a clip, and the crops of a frame.
 
 The rules are those of the ST-Adapter authors' training commands; see `[recipe.*]` of the paper's reference values.
-A random generator asks for the training rule, None for the deterministic testing rule. Every index returned lies in
-[0, num_total) for any clip of at least one frame; short clips repeat frames.
+With a random generator a function follows the training rule, with None the deterministic testing rule. Every index
+lies in [0, num_total) for any clip of at least one frame; short clips repeat frames.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def uniform_indices(num_total: int, num_frames: int, rng: np.random.Generator | None = None) -> list[int]:
-    """One frame from each of `num_frames` equal segments: a random one in training, the middle one in testing.
+    """Return one frame from each of `num_frames` equal segments: a random one in training, the middle one in testing.
 
     Neighbouring segments share their end frames, as the authors' do: a frame can be drawn twice in a row.
     """
@@ -33,8 +33,10 @@ def dense_indices(
     view: int = 0,
     num_views: int = 1,
 ) -> list[int]:
-    """`num_frames` frames, `stride` apart, from a random start in training; in testing from start number `view` of
-    `num_views` ones spread evenly over the clip (one: the middle).
+    """Return `num_frames` frames, `stride` apart.
+
+    They start at a random place in training; in testing at start number `view` of `num_views` that are spread evenly
+    over the clip (a single one: in the middle).
 
     A clip shorter than the span repeats the last frame it can give: in training the last one on the stride's grid, in
     testing the clip's last one.
@@ -51,7 +53,7 @@ def dense_indices(
 
 
 def spatial_crops(height: int, width: int, size: int, num_views: int) -> list[tuple[int, int]]:
-    """(top, left) of the `size` x `size` test crops: the centre, or begin, middle and end of the longer side."""
+    """Return (top, left) of the `size` x `size` test crops: the centre, or begin, middle and end of the longer side."""
     top, left = (height - size) // 2, (width - size) // 2
     if num_views == 1:
         return [(top, left)]

@@ -1,4 +1,4 @@
-"""From decoded frames to the model's pixels: crops, flips and augmentations, one draw per clip.
+"""Crops, flips and augmentations that make decoded frames the model's pixels, drawn once per clip.
 
 Shapes: T frames, H x W as decoded, S = frame_size, V = temporal x spatial views. Resizing is bicubic without
 antialiasing, as the authors'. `exact` resizes float32 in [0, 1] and keeps the overshoot of edges beyond it, so pixels
@@ -25,11 +25,11 @@ from stadapter.data.sampling import spatial_crops
 
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
-_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's and the authors' of random erasing
+_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # random erasing's, in timm and the authors' code
 
 
 def check_transforms(config: DataConfig) -> None:
-    """ConfigError for settings that no sampling or transform here can follow."""
+    """Raises ConfigError for settings that no sampling or transform here can follow."""
     if config.sampling == "uniform" and config.test_temporal_views != 1:
         raise ConfigError(f"data.test_temporal_views = {config.test_temporal_views}: uniform sampling has 1 view")
     if config.short_side_jitter and config.random_resized_crop:
@@ -56,9 +56,9 @@ def check_transforms(config: DataConfig) -> None:
 
 
 def train_pixels(frames_THWC: np.ndarray, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    """uint8 [T, H, W, 3] -> pixels [T, 3, S, S], alike in all frames: RandAugment, crop, flip, random erasing.
+    """Augment frames uint8 [T, H, W, 3], all alike, to pixels [T, 3, S, S]: RandAugment, crop, flip, random erasing.
 
-    uint8, or float32 around [0, 1] for `exact` resizing.
+    Pixels are uint8, or float32 around [0, 1] for `exact` resizing.
     """
     size = config.frame_size
     if config.rand_augment is not None:
@@ -83,9 +83,9 @@ def train_pixels(frames_THWC: np.ndarray, config: DataConfig, rng: np.random.Gen
 
 
 def test_views(frames_THWC: np.ndarray, config: DataConfig) -> Tensor:
-    """uint8 [Vt * T, H, W, 3], temporal views one after the other -> pixels [V, T, 3, S, S], spatial views fastest.
+    """Crop frames uint8 [Vt * T, H, W, 3], one temporal view after the other, to pixels [V, T, 3, S, S].
 
-    uint8, or float32 around [0, 1] for `exact` resizing.
+    Spatial views vary fastest. Pixels are uint8, or float32 around [0, 1] for `exact` resizing.
     """
     size, num_crops = config.frame_size, config.test_spatial_views
     views = []
@@ -112,7 +112,7 @@ def _channels_first(frames_THWC: np.ndarray, config: DataConfig) -> Tensor:
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
     if pixels.shape[-2:] == (height, width):
         return pixels
-    # Bit by bit what torchvision's resize gives, whose import takes as long as torch's.
+    # Equal bit by bit to torchvision's resize, whose import takes as long as torch's.
     return F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False)
 
 
@@ -132,7 +132,7 @@ def _centre(pixels: Tensor, size: int) -> Tensor:
 def _random_area(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop with a random share of the area and a random aspect ratio."""
+    """Return (top, left, height, width) of a crop with a random share of the area and a random aspect ratio."""
     if (box := _random_box(height, width, scale, _CROP_RATIO, rng)) is not None:
         return box
     # The frame is too long for the ratios: its centre, as wide as they allow.
@@ -144,7 +144,10 @@ def _random_area(
 def _random_box(
     height: int, width: int, scale: tuple[float, float], ratios: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int] | None:
-    """(top, left, height, width) with a share of the area in `scale` and width / height in `ratios`, if one is met."""
+    """Return (top, left, height, width) with a share of the area in `scale` and width / height in `ratios`.
+
+    Returns None if no attempt fits.
+    """
     for _ in range(_CROP_ATTEMPTS):
         area = height * width * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
@@ -155,7 +158,7 @@ def _random_box(
 
 
 def _erase(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """A random box filled with noise, the same box and noise in every frame."""
+    """Fill a random box with noise, the same box and noise in every frame."""
     box = _random_box(pixels.shape[-2], pixels.shape[-1], _ERASED_AREA, _ERASED_RATIO, rng)
     if box is None:
         return pixels
@@ -174,7 +177,7 @@ def _rand_augment(spec: str) -> Callable[[Image.Image], Image.Image]:
 
 
 def _augment(frames_THWC: np.ndarray, spec: str, seed: int) -> np.ndarray:
-    """timm's RandAugment with the same operations and magnitudes for every frame."""
+    """Apply timm's RandAugment with the same operations and magnitudes for every frame."""
     transform = _rand_augment(spec)
     augmented = np.empty_like(frames_THWC)
     with _global_random_state():
@@ -188,7 +191,7 @@ def _augment(frames_THWC: np.ndarray, spec: str, seed: int) -> np.ndarray:
 
 @contextmanager
 def _global_random_state() -> Iterator[None]:
-    """Leaves Python's and NumPy's global generators as they were."""
+    """Leave Python's and NumPy's global generators as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield

@@ -12,7 +12,7 @@ import pytest
 
 from stadapter.backbone.load import EMBEDDED_WEIGHTS
 from stadapter.config import RESULTS_VERSION, ConfigError
-from stadapter.data.lists import embedded
+from stadapter.data.lists import embedded, embedded_rendering
 
 FEW = {"train": 12, "val": 4, "test": 4}
 
@@ -29,14 +29,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("split", embedded.SPLIT_SIZES)
 def test_every_combination_of_labels_is_equally_frequent(split: str) -> None:
-    counts = Counter(embedded.clip_labels(index) for index in range(embedded.SPLIT_SIZES[split]))
+    counts = Counter(embedded_rendering.clip_labels(index) for index in range(embedded.SPLIT_SIZES[split]))
     assert set(counts.values()) == {embedded.SPLIT_SIZES[split] // 120}
     assert len(counts) == 120
 
 
 def test_splits_share_no_handwritten_digit() -> None:
     shares = {
-        split: np.concatenate(embedded.digit_instances(split)) for split in ("pretraining", "train", "val", "test")
+        split: np.concatenate(embedded_rendering.digit_instances(split))
+        for split in ("pretraining", "train", "val", "test")
     }
     assert {split: len(share) for split, share in shares.items()} == {
         "pretraining": 897,
@@ -49,8 +50,8 @@ def test_splits_share_no_handwritten_digit() -> None:
 
 @pytest.mark.parametrize("pair", range(6))
 def test_the_second_class_of_a_pair_is_the_first_one_backwards(pair: int) -> None:
-    forwards = embedded.motion_tracks(2 * pair, np.random.default_rng(pair))
-    backwards = embedded.motion_tracks(2 * pair + 1, np.random.default_rng(pair))
+    forwards = embedded_rendering.motion_tracks(2 * pair, np.random.default_rng(pair))
+    backwards = embedded_rendering.motion_tracks(2 * pair + 1, np.random.default_rng(pair))
     moves = False
     for track, mirrored in zip(forwards, backwards, strict=True):
         for name, values in vars(track).items():
@@ -63,7 +64,9 @@ def test_first_and_last_frames_of_a_pair_are_distributed_alike() -> None:
     """Over many clips, where class 2p starts is where class 2p + 1 ends, and the sets of frames agree in the mean."""
 
     def positions(motion: int) -> np.ndarray:
-        return np.stack([embedded.motion_tracks(motion, np.random.default_rng((motion, i)))[0].x for i in range(400)])
+        return np.stack(
+            [embedded_rendering.motion_tracks(motion, np.random.default_rng((motion, i)))[0].x for i in range(400)]
+        )
 
     right, left = positions(0), positions(1)
     assert right[:, -1].mean() - right[:, 0].mean() > 20
@@ -73,22 +76,22 @@ def test_first_and_last_frames_of_a_pair_are_distributed_alike() -> None:
 
 def test_digits_stay_in_the_picture() -> None:
     for motion in range(12):
-        for track in embedded.motion_tracks(motion, np.random.default_rng(motion)):
+        for track in embedded_rendering.motion_tracks(motion, np.random.default_rng(motion)):
             assert min(track.x.min(), track.y.min()) >= 6
-            assert max(track.x.max(), track.y.max()) <= embedded.FRAME_SIZE - 6
+            assert max(track.x.max(), track.y.max()) <= embedded_rendering.FRAME_SIZE - 6
 
 
 def test_rendering_is_a_function_of_split_and_index() -> None:
-    first, again = embedded.render_clip("train", 17), embedded.render_clip("train", 17)
+    first, again = embedded_rendering.render_clip("train", 17), embedded_rendering.render_clip("train", 17)
     assert first.shape == (16, 60, 60, 3)
     np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, embedded.render_clip("test", 17))
-    assert not np.array_equal(first, embedded.render_clip("train", 18))
+    assert not np.array_equal(first, embedded_rendering.render_clip("test", 17))
+    assert not np.array_equal(first, embedded_rendering.render_clip("train", 18))
 
 
 def test_a_file_decodes_to_the_rendered_frames(world: Path) -> None:
     row = embedded.load_manifest(world, "val")[3]
-    frames, rendered = decode(row.path), embedded.render_clip("val", 3)
+    frames, rendered = decode(row.path), embedded_rendering.render_clip("val", 3)
     assert frames.shape == rendered.shape
     # Noise and chroma subsampling are lost; content and timing are not.
     distance = np.abs(frames[:, None].astype(np.float32) - rendered[None]).mean(axis=(2, 3, 4))
@@ -100,7 +103,9 @@ def test_quality_has_no_trend_along_a_clip(world: Path) -> None:
     rows = embedded.load_manifest(world, "train")
     error = np.stack(
         [
-            np.abs(decode(row.path).astype(np.float32) - embedded.render_clip("train", index)).mean(axis=(1, 2, 3))
+            np.abs(decode(row.path).astype(np.float32) - embedded_rendering.render_clip("train", index)).mean(
+                axis=(1, 2, 3)
+            )
             for index, row in enumerate(rows)
         ]
     ).mean(axis=0)
@@ -115,7 +120,9 @@ def test_the_manifest_lists_every_file(world: Path) -> None:
     assert {line["file"] for line in lines} == {str(p.relative_to(world)) for p in world.rglob("*.mp4")}
     for split, size in FEW.items():
         rows = embedded.load_manifest(world, split)
-        assert [(row.motion, row.digit) for row in rows] == [embedded.clip_labels(index) for index in range(size)]
+        assert [(row.motion, row.digit) for row in rows] == [
+            embedded_rendering.clip_labels(index) for index in range(size)
+        ]
     assert len({line["id"] for line in lines}) == len(lines)
 
 
@@ -129,14 +136,14 @@ def test_a_complete_world_is_used_again(world: Path, capsys: pytest.CaptureFixtu
 def test_processes_that_ask_at_once_get_one_world(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         worlds = pool.starmap(embedded.ensure_world, [(tmp_path, FEW)] * 3)
-    assert set(worlds) == {tmp_path / f"embedded-v{embedded.WORLD_VERSION}"}
+    assert set(worlds) == {tmp_path / f"embedded-v{embedded_rendering.WORLD_VERSION}"}
     assert len(list(worlds[0].rglob("*.mp4"))) == sum(FEW.values())
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [worlds[0].name]  # no scratch folder left
 
 
 def test_the_cache_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STADAPTER_CACHE", str(tmp_path))
-    assert embedded.ensure_world(sizes={"train": 1}) == tmp_path / f"embedded-v{embedded.WORLD_VERSION}"
+    assert embedded.ensure_world(sizes={"train": 1}) == tmp_path / f"embedded-v{embedded_rendering.WORLD_VERSION}"
 
 
 def test_a_root_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
@@ -146,16 +153,16 @@ def test_a_root_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None
 
 
 def test_still_images_name_their_digits_and_patches() -> None:
-    for pixels, present, patches in embedded.still_images(20, seed=1):
+    for pixels, present, patches in embedded_rendering.still_images(20, seed=1):
         assert pixels.shape == (60, 60, 3)
         assert pixels.dtype == np.uint8
         assert patches.shape == (25,)
         assert 1 <= present.sum() <= 2
-        assert set(patches) <= {*np.flatnonzero(present), embedded.BACKGROUND}
+        assert set(patches) <= {*np.flatnonzero(present), embedded_rendering.BACKGROUND}
 
 
 def test_numbers_of_older_worlds_and_weights_are_not_mistaken_for_new_ones() -> None:
     # A trial is found again by its recipe and RESULTS_VERSION. Whoever changes the world or its backbone changes what
     # the embedded recipes give, and raises RESULTS_VERSION with this line.
     digest = hashlib.sha256(EMBEDDED_WEIGHTS.read_bytes()).hexdigest()[:12]
-    assert (RESULTS_VERSION, embedded.WORLD_VERSION, digest) == (1, 2, "e899c1d43c7f")
+    assert (RESULTS_VERSION, embedded_rendering.WORLD_VERSION, digest) == (1, 2, "e899c1d43c7f")

@@ -1,4 +1,4 @@
-"""How much disk the frames of a data set will need in the clip cache, from a look at a few of its clips."""
+"""An estimate of the disk that a data set's frames will need in the clip cache, from a few of its clips."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _LOOKED_AT = 16  # clips per list
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes of decoded frames: those that trainings with so many seeds look at, and all there are."""
+    """Bytes of decoded frames: those that the trainings will look at, and those of all clips."""
 
     looked_at: int
     all_frames: int
 
 
 def disk_need(clips: Mapping[str, ClipList], config: DataConfig, epochs: int, num_seeds: int) -> DiskNeed:
-    """An estimate for the lists "train", "val" and "test" of a recipe. Clips that cannot be read are left out."""
+    """Estimate the need for the lists "train", "val" and "test" of a recipe. Unreadable clips are left out."""
     looked_at = all_frames = 0.0
     test_frames = config.num_frames * config.test_temporal_views
     for split, one in clips.items():
@@ -47,7 +47,7 @@ def disk_need(clips: Mapping[str, ClipList], config: DataConfig, epochs: int, nu
 
 
 def describe(need: DiskNeed, gigabytes: float, num_seeds: int, folder: Path | None = None) -> str:
-    """What the user should know before it starts, in one or two lines."""
+    """Return one or two lines for the user to read before the start."""
     folder = folder or default_folder()
     seeds = "one seed looks at" if num_seeds == 1 else f"{num_seeds} seeds look at"
     text = (
@@ -64,7 +64,7 @@ def describe(need: DiskNeed, gigabytes: float, num_seeds: int, folder: Path | No
 
 
 def _look(clips: ClipList, short_side: int | None) -> list[tuple[int, int]]:
-    """(frames, bytes per frame) of some clips, evenly spread over the list."""
+    """Return (frames, bytes per frame) of some clips, evenly spread over the list."""
     found = []
     for place in np.unique(np.linspace(0, len(clips) - 1, _LOOKED_AT).astype(int)):
         file, part = split_segment(storage.join(clips.root, clips.paths[place]))

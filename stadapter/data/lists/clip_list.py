@@ -1,4 +1,4 @@
-"""The clips of one split, and what the readers of every format share."""
+"""The list of one split's clips, and the steps that the readers of all formats share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ClipList:
         return len(self.paths)
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any path, label, direction or their order, and not with the root."""
+        """Return 16 hexadecimal digits that change with any path, label, direction or order; not with the root."""
         digest = hashlib.sha256()
         for path, label, backwards in zip(self.paths, self.labels, self.reversed, strict=True):
             digest.update(f"{path}\t{label}\t{int(backwards)}\n".encode("utf-8", "surrogateescape"))
@@ -48,16 +48,17 @@ class ClipList:
 def forward_clips(
     config: DataConfig, root: Root, split: Split, paths: list[str], labels: Sequence[Label], names: Iterable[str]
 ) -> ClipList:
+    """Return the list of clips that are all shown forwards in time."""
     return ClipList(config.dataset, split, str(root), paths, labels, [False] * len(paths), tuple(names))
 
 
 def segment(path: str, first: int, end: int) -> str:
-    """Frames `first` to `end` - 1 of a long video, as the path of a clip."""
+    """Return the path of the clip that is frames `first` to `end` - 1 of a long video."""
     return f"{path}{SEGMENT}{first},{end}"
 
 
 def split_segment(path: str) -> tuple[str, tuple[int, int] | None]:
-    """The inverse of `segment`: the file, and the range of its frames or None for all of them."""
+    """Return the file of a clip, and the range of its frames or None for all: the inverse of `segment`."""
     file, found, frames = path.rpartition(SEGMENT)
     if not found:
         return path, None
@@ -66,6 +67,7 @@ def split_segment(path: str) -> tuple[str, tuple[int, int] | None]:
 
 
 def check_label(label: int, num_classes: int, where: str) -> None:
+    """Raises ConfigError if the label is not in [0, num_classes)."""
     if not 0 <= label < num_classes:
         raise ConfigError(
             f"{where}: label {label} is outside 0 ... {num_classes - 1} (data.num_classes = {num_classes})"
@@ -73,13 +75,13 @@ def check_label(label: int, num_classes: int, where: str) -> None:
 
 
 def check_labels(label: tuple[int, ...], config: DataConfig, where: str) -> None:
-    """One label per head, each within its head's classes."""
+    """Raises ConfigError unless each head's label is within its classes."""
     for one, classes in zip(label, config.label_groups or (config.num_classes,), strict=True):
         check_label(one, classes, where)
 
 
 def read_csv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, row) of a CSV file whose header must name `columns`."""
+    """Yield (line number, row) of a CSV file. Raises ConfigError if its header does not name `columns`."""
     try:
         with storage.open_text(path) as file:
             rows = csv.DictReader(file)
@@ -94,7 +96,7 @@ def read_csv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
 def find_layout(
     root: Root, patterns: Sequence[str], path_of: Callable[[str, int], str], count: int, list_file: str
 ) -> str:
-    """The first pattern under which one of the first clips exists."""
+    """Return the first pattern under which one of the first clips exists. Raises ConfigError if there is none."""
     for place, pattern in itertools.product(range(min(count, PROBED_CLIPS)), patterns):
         if storage.is_file(storage.join(root, split_segment(path_of(pattern, place))[0])):
             return pattern

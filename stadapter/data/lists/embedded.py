@@ -1,16 +1,4 @@
-"""The embedded video world: small real mp4 files, rendered on the spot, whose classes are motions.
-
-Handwritten digits (scikit-learn's `load_digits`) move over crops of scikit-learn's two photographs. The twelve motion
-classes form six pairs that differ only in the direction of time. The second class of a pair is rendered from the first
-one's parameter paths read backwards, and everything else in a clip (camera shake, gain, noise) is drawn independently
-per frame. So a clip and its reversal are equally likely under the two classes of a pair, and a single frame, or a set
-of frames without their order, says nothing about direction: a model without temporal reasoning gets 50 % there. The
-second label of a clip is its digit, which a single frame does show.
-
-Every clip is a function of (WORLD_SEED, split, index). A change that alters pixels must raise WORLD_VERSION.
-
-Shapes: T frames, H = W = 60 px, S digits in a picture. Positions and sizes are in pixels, angles in radians.
-"""
+"""The embedded video world as a data set: mp4 files, rendered once on each machine, and their lists of clips."""
 
 from __future__ import annotations
 
@@ -19,61 +7,25 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import numpy as np
-from numpy.random import Generator
-from numpy.typing import NDArray
-
-from stadapter.config import ConfigError
+from stadapter.config import ConfigError, DataConfig
 from stadapter.data.lists.bounded_folder import cache_folder
-
-WORLD_SEED = 2022
-WORLD_VERSION = 2
-NUM_FRAMES = 16
-FRAME_SIZE = 60
-FPS = 8
-PATCH_SIZE = 12  # of the embedded backbone; still images are labelled patch by patch
-BACKGROUND = 10  # the patch label "no digit here"
-
-MOTION_CLASSES = (
-    *("right", "left"),
-    *("down", "up"),
-    *("grow", "shrink"),
-    *("clockwise", "counter-clockwise"),
-    *("appear", "vanish"),
-    *("apart", "together"),
-)  # pair p is classes 2p and 2p + 1: the same motion, with time reversed
-DIGIT_CLASSES = tuple("0123456789")
+from stadapter.data.lists.clip_list import ClipList, Split
+from stadapter.data.lists.embedded_rendering import (
+    DIGIT_CLASSES,
+    MOTION_CLASSES,
+    WORLD_VERSION,
+    clip_labels,
+    load_material,
+    render_clip,
+    write_mp4,
+)
 
 SPLIT_SIZES: Mapping[str, int] = {"train": 960, "val": 240, "test": 480}  # multiples of 12 motions x 10 digits
-
-# Handwritten digits per class and split: no two splits share one. Validation takes its own out of what would else be
-# pretraining material, so that it never shows a digit which the backbone or the adapters were trained on.
-_INSTANCES_PER_DIGIT = {"test": 40, "train": 40, "val": 10}  # and the remaining 84 to 93 for pretraining
-_STREAMS = {"train": 0, "val": 1, "test": 2, "pretraining": 3}
-_MAX_SHAKE = 1  # px, camera
-
-Pixels = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Track:
-    """What one digit does over time; every array is [T]."""
-
-    x: Floats  # of its centre
-    y: Floats
-    size: Floats  # side of its square
-    angle: Floats  # clockwise on the screen
-    opacity: Floats
-
-    def reversed(self) -> Track:
-        return Track(self.x[::-1], self.y[::-1], self.size[::-1], self.angle[::-1], self.opacity[::-1])
 
 
 @dataclass(frozen=True)
@@ -86,228 +38,37 @@ class ClipRow:
     digit: int
 
 
-# --- material
+def load_embedded(config: DataConfig, root: Path | None, split: Split) -> ClipList:
+    """Return the clips of a split, rendering the world first if it is missing.
 
-
-@cache
-def digit_instances(split: str) -> tuple[NDArray[np.int64], ...]:
-    """Per digit class, the indices into `load_digits` that belong to `split` (or to "pretraining")."""
-    labels = _digits()[1]
-    rng = np.random.default_rng(WORLD_SEED)
-    shares = []
-    for digit in range(10):
-        order = rng.permutation(np.flatnonzero(labels == digit))
-        start = 0
-        for name, count in _INSTANCES_PER_DIGIT.items():
-            if name == split:
-                shares.append(order[start : start + count])
-            start += count
-        if split == "pretraining":
-            shares.append(order[start:])
-    return tuple(shares)
-
-
-@cache
-def _digits() -> tuple[Floats, NDArray[np.int64]]:
-    """All glyphs in [0, 1] with a border of one empty pixel, [1797, 10, 10], and their digit classes."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return np.pad(bunch.images / 16, ((0, 0), (1, 1), (1, 1))).astype(np.float32), bunch.target
-
-
-@cache
-def _photographs() -> tuple[Floats, ...]:
-    """Both photographs in [0, 1] at full, half and third resolution, each [H, W, 3]."""
-    from sklearn.datasets import load_sample_images
-
-    levels = []
-    for photo in load_sample_images().images:
-        for factor in (1, 2, 3):
-            height, width = (side // factor for side in photo.shape[:2])
-            cells = photo[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
-            levels.append((cells.mean(axis=(1, 3)) / 255).astype(np.float32))
-    return tuple(levels)
-
-
-def _background(rng: Generator) -> Floats:
-    """A crop of a photograph, wider than a frame by the camera's shake, with random contrast."""
-    photos = _photographs()
-    photo = photos[rng.integers(len(photos))]
-    side = FRAME_SIZE + 2 * _MAX_SHAKE
-    top, left = (int(rng.integers(extent - side + 1)) for extent in photo.shape[:2])
-    crop = photo[top : top + side, left : left + side, :]
-    if rng.random() < 0.5:
-        crop = crop[:, ::-1]
-    mean = crop.mean()
-    return mean + (crop - mean) * np.float32(rng.uniform(0.2, 0.7))
-
-
-def _colour(rng: Generator, background: Floats) -> Floats:
-    """A random colour that stands out from the background's mean in brightness."""
-    level = background.mean()
-    while True:
-        colour = rng.random(3, dtype=np.float32)
-        if abs(colour.mean() - level) > 0.35:
-            return colour
-
-
-# --- motion
-
-
-def motion_tracks(motion: int, rng: Generator) -> list[Track]:
-    """The tracks of a clip's digits. Classes 2p and 2p + 1 make the same draws; the latter reads them backwards."""
-    steps = np.exp(rng.normal(0, 0.4, NUM_FRAMES - 1))  # speed jitter; always forwards
-    progress = np.concatenate([[0], np.cumsum(steps)]) / steps.sum() - 0.5  # from -0.5 to 0.5
-    x, y = rng.uniform(22, 38, 2)
-    size, angle, opacity = rng.uniform(24, 30), rng.normal(0, 0.2), 1.0
-    offsets = [(0.0, 0.0)]
-    match motion // 2:
-        case 0:
-            x = rng.uniform(26, 34) + rng.uniform(16, 32) * progress
-        case 1:
-            y = rng.uniform(26, 34) + rng.uniform(16, 32) * progress
-        case 2:
-            size = rng.uniform(22, 26) * rng.uniform(1.7, 2.4) ** progress
-        case 3:  # around a point beside the digit, turning with it
-            angle = rng.uniform(0, 2 * np.pi) + np.radians(rng.uniform(140, 240)) * progress
-            radius, lead = rng.uniform(12, 17), rng.uniform(0, 2 * np.pi)
-            x = rng.uniform(28, 32) + radius * np.cos(angle + lead)
-            y = rng.uniform(28, 32) + radius * np.sin(angle + lead)
-        case 4:
-            opacity = np.clip(0.5 + rng.uniform(0.9, 1.3) * progress, 0, 1)
-        case 5:
-            size = rng.uniform(18, 22)
-            direction, distance = rng.normal(0, 0.3), rng.uniform(25, 28) + rng.uniform(24, 32) * progress
-            dx, dy = np.cos(direction) * distance / 2, np.sin(direction) * distance / 2
-            x, y = rng.uniform(28, 32, 2)
-            offsets = [(dx, dy), (-dx, -dy)]
-    tracks = [_track(x + dx, y + dy, size, angle, opacity) for dx, dy in offsets]
-    return [track.reversed() for track in tracks] if motion % 2 else tracks
-
-
-def _track(*values: float | NDArray[np.float64], frames: int = NUM_FRAMES) -> Track:
-    return Track(*(np.broadcast_to(np.asarray(value, np.float32), frames) for value in values))
-
-
-# --- rendering
-
-
-def _coverage(glyph: Floats, track: Track) -> Floats:
-    """How much of each pixel the digit covers, [T, H, W]: bilinear look-up of the turned and scaled glyph."""
-    axis = np.arange(FRAME_SIZE, dtype=np.float32) + 0.5
-    dx, dy = (axis - c[:, None] for c in (track.x, track.y))  # [T, W], [T, H]
-    cos, sin = (f(track.angle)[:, None] * 8 / track.size[:, None] for f in (np.cos, np.sin))
-    centre = (glyph.shape[0] - 1) / 2
-    u = (cos * dx)[:, None, :] + (sin * dy)[:, :, None] + centre
-    v = (cos * dy)[:, :, None] - (sin * dx)[:, None, :] + centre
-    limit = glyph.shape[0] - 1.001  # the border is empty, so clamping paints nothing outside the glyph
-    np.clip(u, 0, limit, out=u)
-    np.clip(v, 0, limit, out=v)
-    column, row = u.astype(np.int32), v.astype(np.int32)
-    u -= column
-    v -= row
-    corner = row * glyph.shape[0] + column
-    flat = glyph.ravel()
-    above = flat[corner] * (1 - u) + flat[corner + 1] * u
-    corner += glyph.shape[0]
-    below = flat[corner] * (1 - u) + flat[corner + 1] * u
-    ink = above * (1 - v) + below * v
-    return np.minimum(ink * 1.5, 1) * track.opacity[:, None, None]
-
-
-def _render(rng: Generator, instances: list[int], tracks: list[Track]) -> tuple[Pixels, Floats]:
-    """Paint digits over a random background: frames [T, H, W, 3] and each digit's visible coverage [S, T, H, W].
-
-    The camera's shake, the gain's flicker and the noise are independent from frame to frame: they have no direction.
+    With motions as labels, outside training every clip is followed by its exact reversal, labelled with the pair's
+    other class: a model blind to the order of frames gets exactly half of the directions right.
     """
-    background = _background(rng)
-    frames_count = len(tracks[0].x)
-    shake = rng.integers(0, 2 * _MAX_SHAKE + 1, (frames_count, 2))
-    frames = np.stack([background[y : y + FRAME_SIZE, x : x + FRAME_SIZE] for x, y in shake])
-    visible: list[Floats] = []
-    for instance, track in zip(instances, tracks, strict=True):
-        moved_x, moved_y = (c + _MAX_SHAKE - s for c, s in zip((track.x, track.y), shake.T, strict=True))
-        moved = Track(moved_x.astype(np.float32), moved_y.astype(np.float32), track.size, track.angle, track.opacity)
-        cover = _coverage(_digits()[0][instance], moved)
-        visible = [*(under * (1 - cover) for under in visible), cover]
-        frames += cover[..., None] * (_colour(rng, background) - frames)
-    gain = rng.uniform(0.75, 1.1) * rng.uniform(0.95, 1.05, frames_count)
-    frames *= gain.astype(np.float32)[:, None, None, None]
-    frames += rng.standard_normal(frames.shape, np.float32) * np.float32(rng.uniform(0.01, 0.03))
-    return (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8), np.stack(visible)
-
-
-def clip_labels(index: int) -> tuple[int, int]:
-    """(motion, digit) of a clip: every run of 120 indices holds each combination once."""
-    return index % len(MOTION_CLASSES), index // len(MOTION_CLASSES) % len(DIGIT_CLASSES)
-
-
-def render_clip(split: str, index: int) -> Pixels:
-    """The frames of one clip, [T, H, W, 3]; both digits of the last pair are of the same class."""
-    motion, digit = clip_labels(index)
-    rng = np.random.default_rng((WORLD_SEED, _STREAMS[split], index))
-    tracks = motion_tracks(motion, rng)
-    instances = rng.choice(digit_instances(split)[digit], len(tracks))
-    return _render(rng, list(instances), tracks)[0]
-
-
-def still_images(
-    count: int, seed: int = 0, split: str = "pretraining"
-) -> Iterator[tuple[Pixels, Floats, NDArray[np.int64]]]:
-    """Pictures for pretraining: pixels [H, W, 3], which digits are there [10], and a label per patch [25] (10: none).
-
-    One or two digits, of any class, in all the places, sizes, angles and opacities which clips show them in.
-    """
-    grid = FRAME_SIZE // PATCH_SIZE
-    for index in range(count):
-        rng = np.random.default_rng((WORLD_SEED, _STREAMS[split], seed, index))
-        digits = rng.integers(10, size=rng.integers(1, 3))
-        instances = [int(rng.choice(digit_instances(split)[digit])) for digit in digits]
-        pictures, visible = _render(rng, instances, [_still_track(rng) for _ in digits])
-        # Mean coverage of each patch by each digit, [S, 25]. A digit's strokes fill about a third of its square.
-        cover = visible[:, 0].reshape(-1, grid, PATCH_SIZE, grid, PATCH_SIZE).mean(axis=(2, 4)).reshape(-1, grid**2)
-        patches = np.where(cover.max(axis=0) > 0.06, digits[cover.argmax(axis=0)], BACKGROUND)
-        present = np.zeros(10, np.float32)
-        present[digits] = 1
-        yield pictures[0], present, patches
-
-
-def _still_track(rng: Generator) -> Track:
-    angle = rng.uniform(0, 2 * np.pi) if rng.random() < 0.3 else rng.normal(0, 0.2)
-    opacity = rng.uniform(0.2, 1) if rng.random() < 0.2 else 1.0
-    return _track(rng.uniform(10, 50), rng.uniform(10, 50), rng.uniform(15, 34), angle, opacity, frames=1)
-
-
-# --- files
-
-
-def write_mp4(path: Path, frames: Pixels) -> None:
-    """Encode frames [T, H, W, 3] as H.264.
-
-    Constant quantiser, equal for key and predicted frames, and no look-ahead: quality that changed along the clip
-    would leak the arrow of time. No B-frames: every decoder then counts the frames alike.
-    """
-    import av
-
-    options = {"preset": "veryfast", "qp": "24", "bf": "0", "x264-params": "ipratio=1:aq-mode=0:mbtree=0:scenecut=0"}
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.thread_count = 1  # the files are smaller than a thread's start-up is worth, and stay deterministic
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    motion = config.dataset == "embedded_motion"
+    names = MOTION_CLASSES if motion else DIGIT_CLASSES
+    world = ensure_world(root)
+    if config.num_classes != len(names):
+        raise ConfigError(f"data.num_classes = {config.num_classes}: '{config.dataset}' has {len(names)} classes")
+    paths: list[str] = []
+    labels: list[int] = []
+    backwards: list[bool] = []
+    for row in load_manifest(world, split):
+        path, label = os.path.relpath(row.path, world), row.motion if motion else row.digit
+        directions = (False, True) if motion and split != "train" else (False,)
+        paths += [path] * len(directions)
+        labels += [label ^ 1 if is_backwards else label for is_backwards in directions]
+        backwards += directions
+    return ClipList(config.dataset, split, str(world), paths, labels, backwards, names)
 
 
 def ensure_world(root: Path | None = None, sizes: Mapping[str, int] = SPLIT_SIZES) -> Path:
-    """The folder of the rendered world, rendered first where it is missing.
+    """Return the folder of the world, rendering it first if it is missing.
 
-    It lies in `root`, or in $STADAPTER_CACHE, or in ~/.cache/stadapter. Any number of processes may call this at once:
-    one renders, the others wait. Nobody ever sees an incomplete world, even on a file system without locks, because
-    it is rendered elsewhere and renamed into place.
+    The world lies in `root`, or in $STADAPTER_CACHE, or in ~/.cache/stadapter. Any number of processes may call this at
+    once: one renders, the others wait. No process ever sees an incomplete world, even on a file system without locks,
+    because it is rendered elsewhere and renamed into place.
     """
-    from filelock import FileLock
+    from filelock import FileLock  # late: 45 ms that `--help` need not take
 
     root = root or cache_folder()
     world = root / f"embedded-v{WORLD_VERSION}"
@@ -327,7 +88,7 @@ def ensure_world(root: Path | None = None, sizes: Mapping[str, int] = SPLIT_SIZE
 
 
 def load_manifest(world: Path, split: str) -> list[ClipRow]:
-    """The clips of "train", "val" or "test", in the order of their indices."""
+    """Return the clips of "train", "val" or "test", in the order of their indices."""
     with (world / "manifest.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == split]
     return [ClipRow(row["id"], world / row["file"], int(row["motion"]), int(row["digit"])) for row in rows]
@@ -344,19 +105,8 @@ def _render_world(world: Path, sizes: Mapping[str, int]) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{world.name}.", dir=world.parent))
     try:
         clips = [(split, index) for split, size in sizes.items() for index in range(size)]
-        for split in sizes:
-            (scratch / split).mkdir()
-        _digits(), _photographs()  # load the shared material once, before the threads start
-        # Threads, not processes: numpy and the encoder leave the interpreter free most of the time, and a process
-        # forked beside PyTorch's or a decoder's threads may hang.
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda clip: write_mp4(scratch / _file(*clip), render_clip(*clip)), clips))
-        with (scratch / "manifest.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("id", "file", "split", "motion", "digit"))
-            for clip in clips:
-                name = _file(*clip)
-                writer.writerow((name.removesuffix(".mp4"), name, clip[0], *clip_labels(clip[1])))
+        _render_clips(scratch, clips)
+        _write_manifest(scratch, clips)
         scratch.chmod(0o755)  # mkdtemp's folders are closed to other users
         try:
             scratch.rename(world)
@@ -366,3 +116,22 @@ def _render_world(world: Path, sizes: Mapping[str, int]) -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"rendered in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _render_clips(world: Path, clips: Sequence[tuple[str, int]]) -> None:
+    for split in {split for split, _ in clips}:
+        (world / split).mkdir()
+    load_material()  # once, before the threads start
+    # Threads, not processes: numpy and the encoder leave the interpreter free most of the time, and a process forked
+    # beside PyTorch's or a decoder's threads may hang.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda clip: write_mp4(world / _file(*clip), render_clip(*clip)), clips))
+
+
+def _write_manifest(world: Path, clips: Sequence[tuple[str, int]]) -> None:
+    with (world / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("id", "file", "split", "motion", "digit"))
+        for split, index in clips:
+            name = _file(split, index)
+            writer.writerow((name.removesuffix(".mp4"), name, split, *clip_labels(index)))

@@ -1,4 +1,4 @@
-"""Annotations as the data sets' makers publish them: Something-Something-v2, Kinetics and EPIC-Kitchens-100."""
+"""Annotations as their makers publish them: Something-Something-v2, Kinetics and EPIC-Kitchens-100."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ _SSV2_FOLDERS = ("videos", "20bn-something-something-v2")
 
 
 def load_ssv2(config: DataConfig, root: Root, split: Split) -> ClipList:
+    """Return the clips of train.json or validation.json, labelled by the numbers in labels.json."""
     label_file = storage.join(root, "labels.json")
     list_file = storage.join(root, "train.json" if split == "train" else "validation.json")
     numbers = _read_json(label_file)
@@ -56,7 +57,7 @@ def load_ssv2(config: DataConfig, root: Root, split: Split) -> ClipList:
 
 
 def _template_key(template: str) -> str:
-    """`Holding [something] next to [something]` is listed in labels.json without its brackets."""
+    """Return `Holding [something] next to [something]` without its brackets, as labels.json has it."""
     return template.replace("[", "").replace("]", "")
 
 
@@ -74,9 +75,10 @@ def _read_json(path: str) -> Any:
 
 
 def load_kinetics(config: DataConfig, root: Root, split: Split) -> ClipList:
+    """Return the clips of train.csv or val.csv, whose class names are numbered over the training list."""
     train_file = storage.join(root, "train.csv")
     list_file = train_file if split == "train" else storage.join(root, "val.csv")
-    # Labels are numbered by name over the training list, so that a class absent from validation shifts nothing.
+    # Over the training list: a class that is absent from validation shifts nothing.
     class_file = train_file if storage.is_file(train_file) else list_file
     names = sorted({name for _, name, _ in _read_kinetics_csv(class_file)})
     if len(names) > config.num_classes:
@@ -105,7 +107,7 @@ def load_kinetics(config: DataConfig, root: Root, split: Split) -> ClipList:
 
 
 def _read_kinetics_csv(path: str) -> Iterator[tuple[int, str, str]]:
-    """(line number, class, file name without suffix) of each row of `label,youtube_id,time_start,time_end,split`."""
+    """Yield (line number, class, file stem) of each row of `label,youtube_id,time_start,time_end,split`."""
     for line, row in read_csv(path, ("label", "youtube_id", "time_start", "time_end")):
         try:
             clip = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
@@ -134,8 +136,11 @@ _EPIC_VIDEOS = tuple(
 
 
 def load_epic(config: DataConfig, root: Root, split: Split) -> ClipList:
-    """Two labels per clip, (verb, noun). The clips are files cut before, named by narration, or segments of the
-    published videos, of which frames number from 1 in the list and from 0 here."""
+    """Return the clips, each with two labels: (verb, noun).
+
+    A clip is a file of its own, named by narration, or a segment of a published video, whose frames are numbered from 1
+    in the list and from 0 here.
+    """
     if config.label_groups is None:
         raise ConfigError("data.label_groups is none: 'epic_kitchens100' has two labels per clip, such as 97,300")
     list_file = storage.join(root, "EPIC_100_train.csv" if split == "train" else "EPIC_100_validation.csv")

@@ -1,9 +1,9 @@
-"""Files by path or address: local ones as they are, remote ones (`s3://...`, whatever fsspec reads) by way of local
-copies.
+"""Files by path or by address (`s3://...`, all that fsspec reads), and local copies of those at addresses.
 
 A remote video is copied once into a local folder of bounded size and decoded from there; the files used least recently
 make room. A copy is written beside its place and renamed, so no process ever reads half of one. A remote file that
-changes under the same address is not noticed: clips of a data set do not.
+changes under its address is not noticed: clips of a data set do not change. fsspec (0.12 s) and filelock are imported
+late, since command lines need only `data_root`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SCAN_SHARE = 64  # the copies are measured each time a process has added this p
 
 @dataclass(frozen=True)
 class LocalCopies:
-    """Where copies of remote files are kept, and how many bytes of them (beyond that by 1/64 per process)."""
+    """The folder of the copies of remote files, and its limit, which each process may exceed by 1/64."""
 
     folder: Path
     limit_bytes: int
@@ -42,16 +42,17 @@ def default_local_copies(gigabytes: float = DEFAULT_LOCAL_COPIES_GB) -> LocalCop
 
 
 def data_root(text: str) -> str:
-    """A --data-root as it is handed on: an address unchanged, a path absolute."""
+    """Return a --data-root as it is handed on: an address unchanged, a path absolute."""
     return text if is_remote(text) else os.path.abspath(text)
 
 
 def is_remote(path: Root) -> bool:
+    """Return True for an address."""
     return "://" in os.fspath(path)
 
 
 def join(root: Root, path: str) -> str:
-    """`path` under `root`; an absolute path or an address stays as it is."""
+    """Return `path` under `root`; an absolute path or an address stays as it is."""
     if is_remote(path) or not is_remote(root):
         return path if is_remote(path) else os.path.join(root, path)
     return f"{os.fspath(root).rstrip('/')}/{path}"
@@ -74,7 +75,7 @@ def is_folder(path: Root) -> bool:
 
 
 def list_folder(path: Root) -> tuple[list[str], list[str]]:
-    """(names of folders, names of files) directly in a folder, each sorted."""
+    """Return (names of folders, names of files) directly in a folder, each sorted."""
     if not is_remote(path):
         with os.scandir(path) as found:
             entries = [(entry.name, entry.is_dir()) for entry in found]
@@ -89,7 +90,7 @@ def list_folder(path: Root) -> tuple[list[str], list[str]]:
 
 @contextlib.contextmanager
 def open_text(path: Root) -> Iterator[IO[str]]:
-    """A text file in UTF-8, its line ends untouched; FileNotFoundError where it is missing."""
+    """Open a text file in UTF-8, its line ends untouched. Raises FileNotFoundError if it is missing."""
     with contextlib.ExitStack() as stack:
         if is_remote(path):
             with _errors(path):
@@ -104,9 +105,10 @@ def open_text(path: Root) -> Iterator[IO[str]]:
 
 
 def local_copy(path: str, local_copies: LocalCopies) -> str:
-    """The path of a file that can be opened here: `path` itself, or the local copy of an address.
+    """Return the path of a file that can be opened here: `path` itself, or the local copy of an address.
 
-    OSError where it cannot be read. Another process may remove the copy to make room before it is opened: ask again.
+    Raises OSError if it cannot be read. Another process may remove the copy, to make room, before it is opened: then
+    call this again.
     """
     if not is_remote(path):
         return path
@@ -115,11 +117,18 @@ def local_copy(path: str, local_copies: LocalCopies) -> str:
     with contextlib.suppress(FileNotFoundError):
         _mark_used(copy)
         return str(copy)
+    size = _fetch(path, copy)
+    _make_room(local_copies, size, copy)
+    return str(copy)
+
+
+def _fetch(address: str, copy: Path) -> int:
+    """Copy a remote file, which appears under its name whole; return its bytes. Raises OSError if it cannot be read."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(suffix=".part", dir=copy.parent)
     try:
         try:
-            system, place = _filesystem(path)
+            system, place = _filesystem(address)
             with open(handle, "wb") as target, system.open(place, "rb") as source:
                 shutil.copyfileobj(source, target, 2**20)
         except OSError:
@@ -129,15 +138,14 @@ def local_copy(path: str, local_copies: LocalCopies) -> str:
         size = os.path.getsize(part)
         _mark_used(part)
         os.replace(part, copy)
+        return size
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
-    _make_room(local_copies, size, copy)
-    return str(copy)
 
 
 def _mark_used(copy: Root) -> None:
-    """Used now: what was used longest ago goes first. The time of change is always 0, since caches go by it."""
+    """Set the time of use to now. The time of change is always 0, since the cache of frames goes by it."""
     os.utime(copy, (time.time(), 0))
 
 
@@ -180,7 +188,7 @@ def _filesystem(path: Root) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _errors(path: Root) -> Iterator[None]:
-    """What goes wrong with an address the user gave, as a ConfigError; a missing file stays FileNotFoundError."""
+    """Turn errors about an address that the user gave into ConfigError; a missing file stays FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own, for a library that crashes on some files: the clip is lost, and not the training.
+"""Decoding in a separate process, for a library that crashes on some files: the clip is lost, the training goes on.
 
     parent                              child (python -m stadapter.data.video.decoder_process FD)
     path, backend, short_side    ->
@@ -29,7 +29,7 @@ _child: tuple[subprocess.Popen[bytes], Any] | None = None  # the process, and th
 
 
 def decode_apart(path: PathLike, indices: Indices, *, backend: Backend, short_side: int | None = None) -> np.ndarray:
-    """As `decode`; a crash is a ClipError too."""
+    """Return frames as `decode` does. Raises ClipError after a crash, too."""
     connection = _start()
     try:
         connection.send((os.fspath(path), None if callable(indices) else list(indices), backend, short_side))
@@ -38,8 +38,8 @@ def decode_apart(path: PathLike, indices: Indices, *, backend: Backend, short_si
             assert callable(indices)
             try:
                 wanted = list(indices(value))
-            except Exception:  # whatever the caller's choice of frames raises; raised again
-                stop()  # it waits for an answer
+            except Exception:  # the caller's choice of frames failed
+                stop()  # the child waits for an answer
                 raise
             connection.send(wanted)
             kind, value = connection.recv()
@@ -53,7 +53,7 @@ def decode_apart(path: PathLike, indices: Indices, *, backend: Backend, short_si
 
 
 def stop() -> None:
-    """End the child, whatever it is doing; whoever waits for it gets a ClipError, and the next request a new child."""
+    """End the child at once. A thread that waits for it gets a ClipError; the next request starts a new child."""
     global _child
     if _child is not None:
         (process, _), _child = _child, None
@@ -92,7 +92,7 @@ def _serve(connection: Any) -> None:
             )
         except EOFError:
             return
-        except Exception as error:  # whatever a library raises
+        except Exception as error:  # libraries raise errors of all types
             answer = ("error", str(error) if isinstance(error, ClipError) else f"{path}: {error}")
         connection.send(answer)
 

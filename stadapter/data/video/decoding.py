@@ -2,7 +2,7 @@
 
 A frame's index is its place in presentation order, whatever the container, the frame rate or the order of coding.
 Every back end returns the same frames: `pyav` reads any file; `decord` and `torchcodec` read the files on which they
-are known to be exact, and leave the others to `pyav` (see `backends`).
+are known to be exact, and leave the others to `pyav` (see `exact_backends`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Backend = Literal["auto", "pyav", "decord", "torchcodec"]
 
 
 def check_backend(backend: str) -> None:
-    """ConfigError for a back end that is unknown, not installed or does not start on this machine."""
+    """Raises ConfigError if a back end is unknown, not installed or does not start on this machine."""
     if backend not in get_args(Backend):
         raise ConfigError(f"--decoder {backend}: must be one of {', '.join(get_args(Backend))}")
     if backend in exact_backends.LIBRARIES:
@@ -39,13 +39,13 @@ def check_backend(backend: str) -> None:
 
 
 def decode(path: PathLike, indices: Indices, *, backend: Backend = "auto", short_side: int | None = None) -> np.ndarray:
-    """The frames at `indices` (any order, repeats allowed) as uint8 RGB [T, H, W, 3], upright.
+    """Return the frames at `indices` (any order, repeats allowed) as uint8 RGB [T, H, W, 3], upright.
 
     `indices` may be a function from the number of frames to indices, so that sampling needs no second look at the
     file. `auto` is `pyav`, the fastest reader measured (benchmarks/README.md) and exact on every file. With
     `short_side`, larger frames are reduced to it while they are converted to RGB (bicubic with antialiasing, by
-    FFmpeg's scaler, whatever the back end: no other scales alike). A frame that cannot be decoded without damage is
-    a ClipError, never a concealed picture.
+    FFmpeg's scaler, whatever the back end: no other scales alike). Raises ClipError for a frame that cannot be decoded
+    without damage: a concealed picture is never returned.
     """
     if callable(indices):
         # A request that draws random numbers is made once, whichever readers it takes to answer it.
@@ -58,20 +58,20 @@ def decode(path: PathLike, indices: Indices, *, backend: Backend = "auto", short
 
 
 def count_frames(path: PathLike) -> int:
-    """The number of frames that can be asked for: by reading packets where that is exact, by decoding elsewhere."""
+    """Return the number of frames of a clip, by reading packets where that is exact, else by decoding."""
     with open_video(path) as (container, stream):
         found = read_packets(path, container, stream)
         return len(found.shown) if found is not None else sum(1 for _ in _play(container, stream))
 
 
 def frame_size(path: PathLike) -> tuple[int, int]:
-    """(height, width) as coded, from the file's header: a turned video shows them the other way round."""
+    """Return (height, width) as coded, from the file's header: a turned video is shown with the two swapped."""
     with open_video(path) as (_, stream):
         return stream.codec_context.height, stream.codec_context.width
 
 
 def reduced_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
-    """(height, width) with the shorter one at most `short_side`; never enlarged."""
+    """Return (height, width) with the shorter one at most `short_side`; never enlarged."""
     if short_side is None or min(height, width) <= short_side:
         return height, width
     if height < width:
@@ -92,7 +92,13 @@ def _decode_pyav(path: PathLike, indices: Indices, short_side: int | None) -> np
                 pictures = None
             if pictures is not None:
                 return _stack([pictures[found.shown[i]] for i in wanted], path)
-    # From the first frame to the last: also the judge where starting at a key frame did not give every frame.
+    return _decode_from_the_start(path, indices, found, short_side)
+
+
+def _decode_from_the_start(
+    path: PathLike, indices: Indices, found: Packets | None, short_side: int | None
+) -> np.ndarray:
+    """Decode from the first frame on: also where starting at key frames did not give every frame."""
     with open_video(path) as (container, stream):
         total = len(found.shown) if found is not None else sum(1 for _ in _play(container, stream))
         wanted = resolve_indices(path, indices, total)
@@ -115,28 +121,16 @@ def _decode_pyav(path: PathLike, indices: Indices, short_side: int | None) -> np
 def _decode_packets(
     stream: Any, found: Packets, wanted: set[int], short_side: int | None
 ) -> dict[int, np.ndarray] | None:
-    """{time stamp: uint8 [H, W, 3]} by decoding as few packets as the codec allows; None if a frame did not come out.
-
-    A key frame at time k is a safe start for a picture at time p coded after it when k <= p: pictures shown before
-    an open-GOP key frame may refer to what came before it, pictures shown after it may not.
-    """
+    """Return {time stamp: uint8 [H, W, 3]}, decoding as few packets as the codec allows; None if a frame is missing."""
     from av.error import InvalidDataError
 
     context = stream.codec_context
     # H.264 marks pictures that no other refers to; skipping one leaves all others as they are. (HEVC marks them per
     # temporal layer only, and other codecs not at all.) Per packet this works because one thread decodes in step.
     can_skip = context.name == "h264"
-    runs: dict[int, int] = {}  # place of the key frame -> place of the last packet to feed
-    keys: list[int] = []
-    for place, packet in enumerate(found.packets):
-        if packet.is_keyframe:
-            keys.append(place)
-        if packet.pts in wanted:
-            start = next((k for k in reversed(keys) if found.packets[k].pts <= packet.pts), 0)
-            runs[start] = place
     pictures: dict[int, np.ndarray] = {}
     fed, start_time = -1, 0
-    for start, end in sorted(runs.items()):
+    for start, end in _runs(found, wanted):
         if start > fed:
             if fed >= 0:
                 _keep(context.decode(None), wanted, pictures, short_side)
@@ -148,12 +142,29 @@ def _decode_packets(
             try:
                 _keep(context.decode(packet), wanted, pictures, short_side)
             except InvalidDataError:
-                # Pictures shown before the key frame refer to what was not decoded here; nobody wants them.
+                # A picture shown before the key frame refers to packets that were skipped; it is not wanted.
                 if packet.pts >= start_time:
                     raise
         fed = max(fed, end)
     _keep(context.decode(None), wanted, pictures, short_side)
     return pictures if wanted <= pictures.keys() else None
+
+
+def _runs(found: Packets, wanted: set[int]) -> list[tuple[int, int]]:
+    """Return the (first, last) packets to feed for the wanted time stamps, each run starting at a key frame.
+
+    A key frame at time k is a safe start for a picture at time p coded after it when k <= p: pictures shown before
+    an open-GOP key frame may refer to what came before it, pictures shown after it may not.
+    """
+    runs: dict[int, int] = {}
+    keys: list[int] = []
+    for place, packet in enumerate(found.packets):
+        if packet.is_keyframe:
+            keys.append(place)
+        if packet.pts in wanted:
+            start = next((k for k in reversed(keys) if found.packets[k].pts <= packet.pts), 0)
+            runs[start] = place
+    return sorted(runs.items())
 
 
 def _keep(frames: list[Any], wanted: set[int], pictures: dict[int, np.ndarray], short_side: int | None) -> None:
@@ -170,7 +181,7 @@ def _play(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _to_rgb(frame: Any, short_side: int | None) -> np.ndarray:
-    """uint8 [H, W, 3], turned upright by the file's display matrix (quarter turns; players show the same)."""
+    """Return uint8 [H, W, 3], turned upright by the file's display matrix (quarter turns; players show the same)."""
     height, width = reduced_size(frame.height, frame.width, short_side)
     if (height, width) != (frame.height, frame.width):
         frame = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1)

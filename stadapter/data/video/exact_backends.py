@@ -1,4 +1,4 @@
-"""decord and torchcodec: other people's readers, each used only on files on which it gives every frame as coded.
+"""The readers decord and torchcodec, each used only on files on which it gives every frame as coded.
 
 Neither says so when it returns a wrong frame, so the packets are looked at first. decord was seen to return wrong
 frames after open-GOP key frames and in transport streams, to mix up height and width of turned videos, and to lack
@@ -30,7 +30,7 @@ _CODECS = {"h264", "hevc", "vp9"}
 
 
 def load(library: str) -> Any:
-    """The module of a library, or a ConfigError that says how to get it."""
+    """Return the module of a library. Raises ConfigError, which says how to get it, if it does not load."""
     try:
         return importlib.import_module(LIBRARIES[library])
     except ImportError:
@@ -45,7 +45,7 @@ def load(library: str) -> Any:
 
 
 def decode_where_exact(path: PathLike, indices: Indices, library: str) -> np.ndarray | None:
-    """As `decoding.decode`, or None for a file on which the library cannot be trusted."""
+    """Return frames as `decoding.decode` does, or None for a file on which the library cannot be trusted."""
     module = load(library)
     with open_video(path) as (container, stream):
         found = read_packets(path, container, stream)

@@ -1,4 +1,4 @@
-"""A video file before decoding: its packets, which frames they show, and whether a decoder may start among them."""
+"""The packets of a video file: the frames they show, and the places where a decoder may start."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Packets:
 
 @contextlib.contextmanager
 def open_video(path: PathLike) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; every failure inside becomes a ClipError that names the file."""
-    import av
+    """Open a container and its first video stream. Every failure inside becomes a ClipError that names the file."""
+    import av  # late: 0.11 s that lists and `--help` need not take
 
     name = os.fspath(path)
     try:
@@ -53,7 +53,7 @@ def open_video(path: PathLike) -> Iterator[tuple[Any, Any]]:
 
 
 def read_packets(path: PathLike, container: Any, stream: Any) -> Packets | None:
-    """All packets of the stream, or None where packets are not frames one to one. Truncation is a ClipError."""
+    """Return all packets of the stream, or None if packets are not frames one to one. Raises ClipError if truncated."""
     indexed_container = _INDEXED_CONTAINERS & set(container.format.name.split(","))
     if not indexed_container or stream.codec_context.name.removeprefix("lib") not in _INDEXED_CODECS | {"dav1d"}:
         return None
@@ -74,7 +74,7 @@ def read_packets(path: PathLike, container: Any, stream: Any) -> Packets | None:
 
 
 def _matroska_end(path: PathLike) -> int:
-    """Where a Matroska or WebM file should end by its header; 0 where that was not written."""
+    """Return the byte where a Matroska or WebM file should end by its header, or 0 if the header does not say."""
     with open(path, "rb") as file:
         head = file.read(4096)
     place = 0
@@ -91,7 +91,7 @@ def _matroska_end(path: PathLike) -> int:
 
 
 def resolve_indices(path: PathLike, indices: Indices, total: int) -> list[int]:
-    """The request as a list, each index in [0, total), or a ClipError."""
+    """Return the request as a list. Raises ClipError if an index is not in [0, total)."""
     wanted = [int(i) for i in (indices(total) if callable(indices) else indices)]
     if total == 0:
         raise ClipError(f"{os.fspath(path)}: has no frames")
@@ -102,7 +102,7 @@ def resolve_indices(path: PathLike, indices: Indices, total: int) -> list[int]:
 
 
 def only_closed_gops(stream: Any, packets: list[Any]) -> bool:
-    """Whether decoding can start at every key frame and give all that follows, in coding order, intact."""
+    """Return True if a decoder may start at any key frame and gives all that follows, in coding order, intact."""
     latest = packets[0].pts
     for packet in packets:
         if packet.is_keyframe:
@@ -115,7 +115,7 @@ def only_closed_gops(stream: Any, packets: list[Any]) -> bool:
 
 
 def _is_idr(stream: Any, packet: Any) -> bool:
-    """Whether an H.264 key packet holds an IDR picture, not merely a point to recover from."""
+    """Return True if an H.264 key packet holds an IDR picture, not merely a point to recover from."""
     extra, data = stream.codec_context.extradata, memoryview(packet)
     if not extra or extra[0] != 1:  # not length-prefixed: nothing this reader knows
         return False
