@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stadapter.cluster.failure import ERROR, read_error, write_error
 from stadapter.cluster.ray_environment import tune
 from stadapter.cluster.ray_runtime import Cluster
-from stadapter.cluster.runner import ERROR, last_line, train_here, write_error
+from stadapter.cluster.runner import train_here
 
 # isort: split
 # After `sweep`, which sets the environment that Ray reads when it is imported.
@@ -129,7 +130,7 @@ class _Ended(tune.Callback):
         recipe = apply(self.recipe, settings)
         folder = Tried.trial_of(recipe).folder(self.output)
         epochs = record.read_metrics(folder)
-        message = died or (last_line(folder / ERROR) if (folder / ERROR).exists() else "")
+        message = died or read_error(folder) or ""
         status = "finished" if record.read_result(folder) else "failed" if message else "stopped"
         value = epochs[-1][METRIC] if epochs and status != "failed" else None
         ended = Tried(recipe, status, len(epochs), value, message)
