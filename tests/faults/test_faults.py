@@ -3,7 +3,7 @@
 `make faults` injects all of them and prints the matrix; `make test` injects some. The sweep has two trials, mostly one
 after the other, and the fault comes in the middle of the second: the first must not be run again.
 
-A fault's row: seconds until the next training step, counted from the fault, or from the next launch where it takes one;
+A fault's row: seconds until the next training step, counted from the fault, or from the next launch if one is needed;
 trials that have no result in the end; finished trials that were trained again; steps that were trained twice.
 """
 
@@ -68,7 +68,7 @@ class Sweep:
     def begin(self, *more: str) -> subprocess.Popen[bytes]:
         log = self.folder / f"launch{len(self.logs)}.log"
         self.logs.append(log)
-        with log.open("w") as file:  # a session of its own: what a terminal's Ctrl-C reaches
+        with log.open("w") as file:  # a new session, all of which a terminal's Ctrl-C reaches
             process = subprocess.Popen(
                 self.command(*more), stdout=file, stderr=file, env=self.environment(), start_new_session=True
             )
