@@ -1,4 +1,4 @@
-"""How much of a machine or a cluster a sweep uses. Light: Ray is not loaded."""
+"""How much of a machine or a cluster a sweep uses. This module is light: it does not load Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Resources:
-    """What the sweep may use."""
+    """The share of a machine or a cluster that a sweep may use, and how its trials divide it."""
 
     num_gpus: int = 0
     processes_per_trial: int = 1  # data parallel; with GPUs, each process has one
@@ -15,4 +15,4 @@ class Resources:
     trials_per_gpu: int = 1  # small trials that share a GPU; with processes_per_trial 1 only
     address: str | None = None  # of a running cluster; None: start Ray on this machine
     dashboard_port: int | None = None
-    decode_on_cluster: bool = False  # a CPU at least stays free of trials
+    decode_on_cluster: bool = False  # at least one CPU stays free of trials

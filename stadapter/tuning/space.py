@@ -1,4 +1,4 @@
-"""What a search looks for, and what it knows already: ranges of settings, and trials that finished before."""
+"""The space of a search: ranges of settings, trials in it that finished before, and how a trial of a search ended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stadapter import config
 from stadapter.config import ConfigError, Recipe
@@ -13,21 +14,16 @@ from stadapter.trials import record
 from stadapter.trials.sweep import Trial
 
 METRIC = "val_top1"  # per cent, after the last epoch
-
-
-_DIGITS = 3  # settings are rounded to as many significant digits, so that they can be written down
-
-
-Known = tuple[Mapping[str, float], float]  # settings by dotted path, and the METRIC they gave
+_DIGITS = 3  # significant digits of a setting, so that it can be written down
 
 
 @dataclass(frozen=True)
 class Range:
-    """Where a setting is searched; `own` is the recipe's value."""
+    """The values of one setting that are searched, and the recipe's own, from which the search starts."""
 
     low: float
     high: float
-    own: float
+    start: float
     log: bool = False
 
     def clip(self, value: float) -> float:
@@ -35,22 +31,31 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """How one trial of a search ended: finished, stopped (early) or failed (and why)."""
+class KnownTrial:
+    """A trial that finished before the search: its settings by dotted path, and the METRIC that they gave."""
+
+    settings: Mapping[str, float]
+    value: float
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """How one trial of a search ended."""
 
     recipe: Recipe
-    status: str
+    status: Literal["finished", "stopped", "failed"]  # stopped: early, by the search
     epochs: int
-    value: float | None  # METRIC after its last epoch, None if it failed
-    message: str = ""
+    value: float | None  # METRIC after the last epoch, None if it failed
+    message: str = ""  # why it failed
 
-    @staticmethod
-    def trial_of(recipe: Recipe) -> Trial:
-        return Trial("search", recipe)
+
+def trial_of(recipe: Recipe) -> Trial:
+    """Return the trial of the ledger in which a search trains this recipe."""
+    return Trial("search", recipe)
 
 
 def search_space(recipe: Recipe) -> dict[str, Range]:
-    """Learning rate, weight decay, warm-up and dropout; the backbone's own rate where the recipe has one."""
+    """Return the ranges of learning rate, weight decay, warm-up, dropout, and of the backbone's rate if it has one."""
     optim = recipe.optim
     space = {
         "optim.base_lr": Range(_round(optim.base_lr / 10), _round(optim.base_lr * 10), optim.base_lr, log=True),
@@ -59,37 +64,39 @@ def search_space(recipe: Recipe) -> dict[str, Range]:
         "optim.head_dropout": Range(0.0, 0.7, optim.head_dropout),
     }
     if optim.backbone_lr_factor != 1:
-        own = optim.backbone_lr_factor
-        space["optim.backbone_lr_factor"] = Range(_round(own / 10), _round(min(1.0, own * 10)), own, log=True)
+        factor = optim.backbone_lr_factor
+        space["optim.backbone_lr_factor"] = Range(_round(factor / 10), _round(min(1.0, factor * 10)), factor, log=True)
     return space
 
 
 def apply(recipe: Recipe, settings: Mapping[str, float]) -> Recipe:
-    """The recipe with settings that a search suggested, rounded; the recipe's own values stay as they are."""
+    """Return the recipe with settings that a search suggested, rounded unless they are the recipe's."""
     flat = config.flatten(recipe)
-    return config.replace(recipe, **{p: v if v == flat[p] else _round(v) for p, v in settings.items()})
+    rounded = {path: value if value == flat[path] else _round(value) for path, value in settings.items()}
+    return config.replace(recipe, **rounded)
 
 
 def _round(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def known_trials(recipe: Recipe, space: Mapping[str, Range], output: Path) -> list[Known]:
-    """Finished trials of the ledger that differ from the recipe in searched settings alone, and lie in the space."""
+def known_trials(recipe: Recipe, space: Mapping[str, Range], output: Path) -> list[KnownTrial]:
+    """Return the finished trials of the ledger that lie in the space and otherwise equal the recipe."""
     fixed = _fixed(recipe, space)
-    found: list[Known] = []
+    found: list[KnownTrial] = []
     for path in sorted(output.glob(f"trials/*/{record.RESULT}")):
         try:
             done = config.unflatten(json.loads(path.read_text())["recipe"])
-        except ConfigError:  # of another version, with other fields
+        except ConfigError:  # a recipe of another version, with other fields
             continue
         flat, epochs = config.flatten(done), record.read_metrics(path.parent)
         point = {name: flat[name] for name in space}
         inside = all(space[name].low <= value <= space[name].high for name, value in point.items())
         if inside and epochs and _fixed(done, space) == fixed:
-            found.append((point, epochs[-1][METRIC]))
+            found.append(KnownTrial(point, epochs[-1][METRIC]))
     return found
 
 
 def _fixed(recipe: Recipe, space: Mapping[str, Range]) -> dict[str, object]:
+    """Return the fields of the recipe that the search leaves alone."""
     return {path: value for path, value in config.flatten(recipe).items() if path not in space and path != "name"}

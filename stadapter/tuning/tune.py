@@ -1,58 +1,152 @@
 """`stadapter tune`: the best optimiser settings for a recipe and a strategy.
 
 Searched on the validation split, one seed, so that a comparison can give each side its best settings without having
-looked at the test split. This module is light; Ray and Optuna load when the search starts.
+looked at the test split. From Python, without argparse and without printing:
+
+    plan = plan_search(SearchOptions(recipe="embedded", strategy="lora", trials=8))
+    result = run_search(plan, on_trial=print)
+
+The command, at the end, fills the options and prints. This module is light; Ray and Optuna load when the search starts.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stadapter import config, recipes
+from stadapter.cluster.resources import Resources
 from stadapter.config import ConfigError, Recipe, Strategy
+from stadapter.data.lists.formats import load_clips
 from stadapter.data.lists.storage import data_root
-from stadapter.training.options import GPU_CLIPS_PER_PASS
+from stadapter.training.options import GPU_CLIPS_PER_PASS, TrainOptions
 from stadapter.trials import files
-from stadapter.tuning.space import METRIC, Known, Range, Tried, apply, known_trials, search_space
+from stadapter.trials.sweep import DEFAULT_OUTPUT
+from stadapter.tuning.report import result_text, to_csv
+from stadapter.tuning.space import KnownTrial, Range, TrialOutcome, apply, known_trials, search_space
 
 
-def best_text(base_name: str, best: Recipe) -> str:
-    """The recipe as Python that can be pasted, and as flags of an ablation script."""
-    changed = config.difference(recipes.get(base_name), best)
-    changed.pop("name", None)
-    fields = "".join(f"    {path!r}: {value!r},\n" for path, value in changed.items())
-    flags = " ".join(f"--set {path}={_flag(value)}" for path, value in changed.items())
-    return (
-        f"As Python:\n\nconfig.replace(recipes.{base_name}, **{{\n{fields}}})\n\n"
-        f"As flags:\n\n--recipe {base_name} {flags}\n"
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is searched, on how much of this machine, and where the trials go."""
+
+    recipe: str = "embedded"  # a named recipe
+    strategy: str | None = None  # None: the recipe's
+    trials: int = 16  # new ones
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, by dotted path, that are changed first
+    data_root: str | None = None
+    weights: Path | None = None
+    early_stopping: bool = True
+    num_gpus: int | None = None  # None: all that there are; one per trial
+    clips_per_pass: int | None = None
+    output: Path = DEFAULT_OUTPUT
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search that can start: its inputs are there and its folder can be written."""
+
+    options: SearchOptions
+    recipe: Recipe
+    space: Mapping[str, Range]
+    known: tuple[KnownTrial, ...]
+    folder: Path  # of trials.csv and best.txt
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All trials of a search, the known ones among them, and the best of those that finished."""
+
+    trials: tuple[TrialOutcome, ...]
+    best: TrialOutcome | None  # None: no trial finished
+    text: str  # of best.txt; "" without a best
+
+
+def plan_search(options: SearchOptions) -> SearchPlan:
+    """Check the options and return the search. Raises ConfigError for options that cannot work."""
+    if options.trials < 1:
+        raise ConfigError(f"--trials {options.trials}: must be at least 1")
+    recipe = recipes.get(options.recipe)
+    if options.strategy:
+        recipe = recipes.for_strategy(recipe, options.strategy)
+    recipe = recipes.with_weights(config.replace(recipe, **options.fields), options.weights)
+    for split in ("train", "val", "test"):
+        load_clips(recipe.data, options.data_root, split)
+    output = options.output.resolve()
+    folder = output / "searches" / f"{options.recipe}-{recipe.strategy}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {options.output}: cannot be written ({error.strerror})") from None
+    space = search_space(recipe)
+    return SearchPlan(options, recipe, space, tuple(known_trials(recipe, space, output)), folder)
+
+
+def run_search(plan: SearchPlan, on_trial: Callable[[TrialOutcome], None]) -> SearchResult:
+    """Run the search, write trials.csv and best.txt into its folder, and return the result.
+
+    `on_trial` is called with each new trial that has ended. Ctrl-C ends the search, and the trials that have ended by
+    then count. Raises ConfigError if this machine has fewer GPUs than asked for.
+    """
+    new = _search(plan, on_trial)
+    epochs = plan.recipe.optim.epochs
+    old = [TrialOutcome(apply(plan.recipe, one.settings), "finished", epochs, one.value) for one in plan.known]
+    trials = tuple({config.identity(one.recipe): one for one in [*old, *new]}.values())
+    files.write_atomically(plan.folder / "trials.csv", to_csv(trials, plan.space).encode())
+    finished = [one for one in trials if one.status == "finished" and one.value is not None]
+    if not finished:
+        return SearchResult(trials, None, "")
+    best = max(finished, key=lambda one: one.value or 0.0)
+    text = result_text(plan.options.recipe, plan.recipe, best, finished)
+    files.write_atomically(plan.folder / "best.txt", text.encode())
+    return SearchResult(trials, best, text)
+
+
+def _search(plan: SearchPlan, on_trial: Callable[[TrialOutcome], None]) -> list[TrialOutcome]:
+    """Run the trials of the search on a Ray that is started for it on this machine."""
+    options = plan.options
+    num_gpus = _num_gpus(options.num_gpus)
+    # Late, since Ray and Optuna take seconds to load.
+    from stadapter.cluster.ray_runtime import Cluster
+    from stadapter.tuning.search import search
+
+    cpus = max(1, (os.cpu_count() or 1) // num_gpus) if num_gpus else 1
+    train_options = TrainOptions(
+        data_root=options.data_root,
+        weights_file=options.weights and options.weights.resolve(),
+        num_workers=cpus - 1 if num_gpus else 0,
+        clips_per_pass=options.clips_per_pass or (GPU_CLIPS_PER_PASS if num_gpus else None),
     )
+    with Cluster(Resources(num_gpus, 1, cpus)) as cluster:
+        return search(
+            cluster, plan.recipe, plan.space, options.trials, plan.known, options.output.resolve(), train_options,
+            on_trial, early_stopping=options.early_stopping,
+        )  # fmt: skip
 
 
-def _flag(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def _num_gpus(wanted: int | None) -> int:
+    """Return how many GPUs to use. Raises ConfigError if there are fewer."""
+    import torch  # late: it takes a second to load
+
+    there = torch.cuda.device_count()
+    if wanted is None:
+        return there
+    if not 0 <= wanted <= there:
+        raise ConfigError(f"--num-gpus {wanted}: this machine has {there}")
+    return wanted
 
 
-def to_csv(tried: Sequence[Tried], space: Mapping[str, Range]) -> str:
-    """One line per trial, the best first; values after fewer epochs below those of finished trials."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["trial_id", "status", "epochs", METRIC, *space])
-    for one in sorted(tried, key=lambda t: (t.status != "finished", -(t.value or 0.0))):
-        flat = config.flatten(one.recipe)
-        value = "" if one.value is None else one.value
-        writer.writerow([Tried.trial_of(one.recipe).id, one.status, one.epochs, value, *(flat[path] for path in space)])
-    return buffer.getvalue()
+# --- The command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command, beside --output."""
+    """Add the flags of the command, beside --output."""
     parser.add_argument("--recipe", default="embedded", metavar="NAME", help="what is tuned (default: %(default)s)")
     parser.add_argument(
         "--strategy", choices=typing.get_args(Strategy), help="what is trained (default: what the recipe says)"
@@ -73,88 +167,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Search, print and save the best settings. 0: found; 1: no trial finished."""
-    from stadapter.data.lists.formats import load_clips
-
-    if options.trials < 1:
-        raise ConfigError(f"--trials {options.trials}: must be at least 1")
-    fields = dict(config.parse_override(text) for text in options.overrides)
-    recipe = recipes.get(options.recipe)
-    if options.strategy:
-        recipe = recipes.for_strategy(recipe, options.strategy)
-    recipe = recipes.with_weights(config.replace(recipe, **fields), options.weights)
-    for split in ("train", "val", "test"):
-        load_clips(recipe.data, options.data_root, split)
-    output = options.output.resolve()
-    folder = output / "searches" / f"{options.recipe}-{recipe.strategy}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {options.output}: cannot be written ({error.strerror})") from None
-    space = search_space(recipe)
-    known = known_trials(recipe, space, output)
-    print(f"Searching {', '.join(path.removeprefix('optim.') for path in space)} of {options.recipe} for")
+    """Search, print and save the best settings, and return the exit code: 0 if a trial finished, else 1."""
+    plan = plan_search(_search_options(options))
+    print(f"Searching {', '.join(map(_short, plan.space))} of {options.recipe} for")
     print(
-        f"{recipe.strategy} on the validation split: {options.trials} new trials, {len(known)} known ones", flush=True
+        f"{plan.recipe.strategy} on the validation split: {options.trials} new trials, {len(plan.known)} known ones",
+        flush=True,
     )
-    new = _search(recipe, space, known, output, options)
-    old = [Tried(apply(recipe, point), "finished", recipe.optim.epochs, value) for point, value in known]
-    tried = list({config.identity(one.recipe): one for one in [*old, *new]}.values())
-    return _conclude(recipe, space, tried, folder, options.recipe)
+    result = run_search(plan, _printer(plan))
+    if result.best is None:
+        print(f"No trial finished; see {plan.folder / 'trials.csv'}. Lower rates may help: --set optim.base_lr=...")
+        return 1
+    print(f"\n{result.text}\nTrials: {plan.folder / 'trials.csv'}")
+    return 0
 
 
-def _search(
-    recipe: Recipe, space: Mapping[str, Range], known: Sequence[Known], output: Path, options: argparse.Namespace
-) -> list[Tried]:
-    import torch
-
-    from stadapter.training.options import TrainOptions
-
-    there = torch.cuda.device_count()
-    num_gpus = there if options.num_gpus is None else options.num_gpus
-    if not 0 <= num_gpus <= there:
-        raise ConfigError(f"--num-gpus {num_gpus}: this machine has {there}")
-    from stadapter.cluster.ray_runtime import Cluster
-    from stadapter.cluster.resources import Resources
-    from stadapter.tuning.search import search
-
-    cpus = max(1, (os.cpu_count() or 1) // num_gpus) if num_gpus else 1
-    train_options = TrainOptions(
+def _search_options(options: argparse.Namespace) -> SearchOptions:
+    return SearchOptions(
+        recipe=options.recipe,
+        strategy=options.strategy,
+        trials=options.trials,
+        fields=dict(config.parse_override(text) for text in options.overrides),
         data_root=options.data_root,
-        weights_file=options.weights and options.weights.resolve(),
-        num_workers=cpus - 1 if num_gpus else 0,
-        clips_per_pass=options.clips_per_pass or (GPU_CLIPS_PER_PASS if num_gpus else None),
+        weights=options.weights,
+        early_stopping=not options.no_early_stopping,
+        num_gpus=options.num_gpus,
+        clips_per_pass=options.clips_per_pass,
+        output=options.output,
     )
+
+
+def _printer(plan: SearchPlan) -> Callable[[TrialOutcome], None]:
+    """Return a function that prints each trial that has ended, with the time since now and how many have ended."""
     began, ended = time.monotonic(), 0
 
-    def show(one: Tried) -> None:
+    def show(one: TrialOutcome) -> None:
         nonlocal ended
         ended += 1
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
-        flat = config.flatten(one.recipe)
-        settings = "  ".join(f"{path.removeprefix('optim.')} {flat[path]:.3g}" for path in space)
-        outcome = one.message or f"val top-1 {one.value:.1f} %  after epoch {one.epochs}"
-        print(
-            f"{minutes:3d}:{seconds:02d}  {ended}/{options.trials}  {one.status:<8}  {settings}  {outcome}", flush=True
-        )
+        count = f"{ended}/{plan.options.trials}"
+        print(f"{minutes:3d}:{seconds:02d}  {count}  {one.status:<8}  {_line(one, plan)}", flush=True)
 
-    with Cluster(Resources(num_gpus, 1, cpus)) as cluster:
-        early = not options.no_early_stopping
-        return search(cluster, recipe, space, options.trials, known, output, train_options, show, early_stopping=early)
+    return show
 
 
-def _conclude(recipe: Recipe, space: Mapping[str, Range], tried: Sequence[Tried], folder: Path, base_name: str) -> int:
-    files.write_atomically(folder / "trials.csv", to_csv(tried, space).encode())
-    finished = [one for one in tried if one.status == "finished" and one.value is not None]
-    if not finished:
-        print(f"No trial finished; see {folder / 'trials.csv'}. Lower rates may help: --set optim.base_lr=...")
-        return 1
-    best = max(finished, key=lambda one: one.value or 0.0)
-    own = [one.value for one in finished if config.identity(one.recipe) == config.identity(recipe)]
-    beside = f"; the recipe's own settings give {own[0]:.1f} %" if own else ""
-    text = f"Best of {len(finished)} finished trials: val top-1 {best.value:.1f} %{beside}.\n"
-    text += "One seed on the validation split: compare with new seeds before you believe a small gain.\n\n"
-    text += best_text(base_name, best.recipe)
-    files.write_atomically(folder / "best.txt", text.encode())
-    print(f"\n{text}\nTrials: {folder / 'trials.csv'}")
-    return 0
+def _line(one: TrialOutcome, plan: SearchPlan) -> str:
+    flat = config.flatten(one.recipe)
+    settings = "  ".join(f"{_short(path)} {flat[path]:.3g}" for path in plan.space)
+    outcome = one.message or f"val top-1 {one.value:.1f} %  after epoch {one.epochs}"
+    return f"{settings}  {outcome}"
+
+
+def _short(path: str) -> str:
+    return path.removeprefix("optim.")

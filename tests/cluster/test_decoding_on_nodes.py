@@ -27,7 +27,7 @@ CONFIG = DataConfig("folder", COUNT, num_frames=4, frame_size=32, horizontal_fli
 
 @pytest.fixture(scope="module")
 def other_node() -> Iterator[str]:
-    """The id of the only node with CPUs; this process is at another, which has none."""
+    """Yield the id of the only node with CPUs; this process is at another node, which has none."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         node = cluster.add_node(num_cpus=2)
@@ -40,7 +40,7 @@ def other_node() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipList:
-    """Nine clips, the fourth unreadable."""
+    """Return nine clips, of which the fourth is unreadable."""
     root = tmp_path_factory.mktemp("clips")
     paths = [f"{i}.mp4" for i in range(COUNT)]
     for i, path in enumerate(paths):

@@ -1,23 +1,22 @@
 """Slurm itself, on this machine: jobs are submitted, signalled, put back into the queue, stopped and cancelled.
 
-With a stand-in for the script, and for Ray, which takes seconds to start; real sweeps meet Slurm in tests/faults.
+The script and Ray, which takes seconds to start, are stand-ins; tests/faults has real sweeps under Slurm.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import slurm_here
 from slurm_here import said, wait_until
 
-from stadapter.cluster.submit.slurm import status
+from stadapter.cluster.submit.slurm import SlurmHandle
+from stadapter.cluster.submit.submissions import load_all
 from stadapter.commands.main import main
 
 pytestmark = slurm_here.needed
@@ -61,8 +60,8 @@ esac
 
 
 @pytest.fixture
-def job(slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Submits the stand-in of a script, with more flags of Slurm's or the script's; returns what was written down."""
+def job(slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SlurmHandle]:
+    """Return a function that submits the stand-in of a script, with more flags for Slurm or for the script."""
     checkout, tools = tmp_path / "checkout", tmp_path / "tools"
     checkout.mkdir()
     tools.mkdir()
@@ -73,32 +72,32 @@ def job(slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         subprocess.run(["git", "-c", "user.name=me", "-c", "user.email=me@here", *words], cwd=checkout, check=True)
     monkeypatch.chdir(checkout)
 
-    def submit(*flags: str, script: tuple[str, ...] = ()) -> dict[str, Any]:
+    def submit(*flags: str, script: tuple[str, ...] = ()) -> SlurmHandle:
         setup = ["--setup", f'export PATH="{tools}:$PATH"', "--cpus-per-node", "1", "--records", str(tmp_path / "kept")]
         words = ["--", "ablate.py", "--output", str(tmp_path / "a run"), *script]
         assert main(["submit", "slurm", *setup, *flags, *words]) == 0
-        (path,) = (tmp_path / "kept").glob("*.json")
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        (found,) = load_all(tmp_path / "kept")
+        assert isinstance(found.handle, SlurmHandle)
+        return found.handle
 
     return submit
 
 
-def command(verb: str, job: dict[str, Any], tmp_path: Path) -> None:
-    assert main(["submit", verb, job["id"], "--records", str(tmp_path / "kept")]) == 0
+def command(verb: str, job: SlurmHandle, tmp_path: Path) -> None:
+    assert main(["submit", verb, Path(job.folder).name, "--records", str(tmp_path / "kept")]) == 0
 
 
 def test_a_job_told_by_slurm_goes_back_into_the_queue_and_finishes(
-    job: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Callable[..., SlurmHandle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "a run"
     submitted = job()
     wait_until((output / "running").exists)
-    # What Slurm itself does `--grace` seconds before the time limit, and at a pre-emption with send_user_signal.
-    said("scancel", "--batch", "--signal=USR1", submitted["facts"]["job"])
-    wait_until(lambda: "requeued 1x" in status(submitted["facts"]))
-    slurm_here.wait_out_the_requeue(submitted["facts"]["job"])
-    wait_until(lambda: status(submitted["facts"]) == "finished")
+    # Slurm sends this signal `--grace` seconds before the time limit, and at a pre-emption with send_user_signal.
+    said("scancel", "--batch", "--signal=USR1", submitted.job)
+    wait_until(lambda: "requeued 1x" in submitted.status())
+    slurm_here.wait_out_the_requeue(submitted.job)
+    wait_until(lambda: submitted.status() == "finished")
     assert (output / "signals").read_text().split() == ["SIGUSR1"]
     assert len((output / "starts").read_text().split()) == 2
     capsys.readouterr()
@@ -108,54 +107,54 @@ def test_a_job_told_by_slurm_goes_back_into_the_queue_and_finishes(
 
 
 def test_stop_ends_a_job_gently_and_for_good(
-    job: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Callable[..., SlurmHandle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "a run"
     submitted = job()
     wait_until((output / "running").exists)
     command("stop", submitted, tmp_path)
-    wait_until(lambda: status(submitted["facts"]) == "stopped; submit it again to continue")
+    wait_until(lambda: submitted.status() == "stopped; submit it again to continue")
     assert (output / "signals").read_text().split() == ["SIGUSR1"]
     command("stop", submitted, tmp_path)
     assert "has ended already" in capsys.readouterr().out
 
 
-def test_a_cancelled_job_s_driver_is_told_once(job: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_cancelled_job_s_driver_is_told_once(job: Callable[..., SlurmHandle], tmp_path: Path) -> None:
     output = tmp_path / "a run"
     submitted = job()
     wait_until((output / "running").exists)
-    said("scancel", submitted["facts"]["job"])
-    wait_until(lambda: "stopped" in status(submitted["facts"]))
+    said("scancel", submitted.job)
+    wait_until(lambda: "stopped" in submitted.status())
     assert (output / "signals").read_text().split() == ["SIGTERM"]
     assert not list((output / "submissions").glob("*/private"))
 
 
 def test_a_job_that_waits_is_cancelled_by_stop(
-    job: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Callable[..., SlurmHandle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said("scontrol", "update", "PartitionName=all", "State=DOWN")
     try:
         submitted = job()
-        assert status(submitted["facts"]).startswith("pending")
+        assert submitted.status().startswith("pending")
         command("stop", submitted, tmp_path)
     finally:
         said("scontrol", "update", "PartitionName=all", "State=UP")
     assert "cancelled" in capsys.readouterr().out
-    assert "submit it again to continue" in status(submitted["facts"])
+    assert "submit it again to continue" in submitted.status()
 
 
 def test_a_script_that_fails_says_so(
-    job: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Callable[..., SlurmHandle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted = job(script=("--fail",))
-    wait_until(lambda: status(submitted["facts"]) == "failed with exit code 1; see its logs")
+    wait_until(lambda: submitted.status() == "failed with exit code 1; see its logs")
     capsys.readouterr()
     command("logs", submitted, tmp_path)
     assert "a driver's last words" in capsys.readouterr().out
 
 
 def test_a_secret_reaches_the_job_and_no_file(
-    job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., SlurmHandle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = secrets.token_hex()
     monkeypatch.setenv("MY_TOKEN", secret)
@@ -163,16 +162,16 @@ def test_a_secret_reaches_the_job_and_no_file(
     output.mkdir()
     (output / "checkpoint").touch()
     submitted = job("--secret-env", "MY_TOKEN")
-    wait_until(lambda: status(submitted["facts"]) == "finished")
+    wait_until(lambda: submitted.status() == "finished")
     assert (output / "starts").read_text().split() == [secret]
     (output / "starts").unlink()
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert (output / "submissions" / submitted["id"] / "job.sh") in kept
+    assert (output / "submissions" / Path(submitted.folder).name / "job.sh") in kept
     assert not [path for path in kept if secret.encode() in path.read_bytes()]
 
 
 def test_what_slurm_refuses_has_a_one_line_answer(
-    job: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Callable[..., SlurmHandle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["slurm", "--partition", "nowhere", "--", "ablate.py", "--output", str(tmp_path / "a run")]
     assert main(["submit", *words]) == 2

@@ -1,4 +1,4 @@
-"""The submit command: what it hands to a cluster, and a real Ray cluster that runs it."""
+"""Submitting a job: the artefact of each back end, the record that finds the job again, and a real Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ import pytest
 import yaml
 
 from stadapter.cluster.submit import job as jobs
-from stadapter.cluster.submit import ray_jobs
+from stadapter.cluster.submit import ray_dashboard, ray_jobs
+from stadapter.cluster.submit.backend import Backend, Handle
+from stadapter.cluster.submit.kubernetes import Kubernetes, KubernetesHandle
+from stadapter.cluster.submit.ray_jobs import RayJobs, RayJobsHandle
+from stadapter.cluster.submit.slurm import Slurm, SlurmHandle
+from stadapter.cluster.submit.submissions import Submission, load, load_all
+from stadapter.cluster.submit.submissions import submit as submit_job
 from stadapter.commands.main import main
 from stadapter.config import ConfigError
 from stadapter.trials import record
@@ -157,7 +163,7 @@ def test_the_sbatch_script_is_bash_and_keeps_every_word_whole(
     assert subprocess.run(["bash", "-n"], input=shown, text=True, capture_output=True).returncode == 0
     assert re.search(r'^#SBATCH --output="/a b/100%%/submissions/ablate-.*/log.txt"$', shown, re.MULTILINE)
     (line,) = [line for line in shown.splitlines() if "experiments/ablate.py" in line and "driver" not in line]
-    # The shell itself says what the script would be given.
+    # The shell prints the words that the script would get.
     echo = line.strip().removesuffix("&").replace('"$python"', "printf '%s\\n'")
     words = subprocess.run(["bash", "-c", "address=1 port=2; " + echo], capture_output=True, text=True).stdout
     assert words.splitlines()[:5] == ["experiments/ablate.py", "--only", nasty, "--output", "/a b/100%"]
@@ -175,7 +181,6 @@ def test_slurm_s_relative_paths_become_absolute(checkout: Path, capsys: pytest.C
 def test_the_manifest_has_the_shape_of_a_rayjob(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--workers", "2", "--gpus-per-worker", "8", "--secret", "mine", "--secret-env", "HF_TOKEN"]
     manifest = yaml.safe_load(dry_run(capsys, "kubernetes", *flags, "--env", "NOTE=a: b\t# c".replace("\t", " ")))
-    # As KubeRay's published definition of v1 has it: required fields, and types.
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
     assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name := manifest["metadata"]["name"]) and len(name) <= 47
     assert all(isinstance(value, str) for value in manifest["metadata"]["annotations"].values())
@@ -197,8 +202,73 @@ def test_the_manifest_has_the_shape_of_a_rayjob(checkout: Path, capsys: pytest.C
     assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
 
 
+@pytest.mark.parametrize("backend", [Slurm(nodes=2), RayJobs(), Kubernetes("me/mine:1", volume=("shared:/shared",))])
+def test_python_makes_the_artefact_that_the_command_prints(
+    backend: Backend, checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_new_id", lambda script: "ablate-1")
+    words = ["experiments/ablate.py", "--output", "/shared/runs"]
+    job = jobs.make_job(words, shared_paths=backend.shared_paths)
+    flags = ["--nodes", "2"] if backend.name == "slurm" else []
+    assert backend.artefact(job) + "\n" == dry_run(capsys, backend.name, *flags)
+
+
+class Nowhere:
+    """A back end made for a test: it takes any job and runs none."""
+
+    name = "slurm"
+    shared_paths = True
+
+    def artefact(self, job: jobs.Job) -> str:
+        return job.id
+
+    def submit(self, job: jobs.Job, records: Path) -> Handle:
+        return SlurmHandle("7", "/shared/runs/submissions/" + job.id)
+
+
+def test_a_submission_is_found_again_by_its_record(checkout: Path, tmp_path: Path) -> None:
+    job = jobs.make_job(["experiments/ablate.py"], ["NOTE=a"], ["HF_TOKEN"], shared_paths=True)
+    done = submit_job(job, Nowhere(), tmp_path / "records")
+    assert load(job.id, tmp_path / "records") == done and load_all(tmp_path / "records") == [done]
+
+
+@pytest.mark.parametrize(
+    ("backend", "facts", "handle"),
+    [
+        ("slurm", {"job": "12", "folder": "/shared/runs/x"}, SlurmHandle("12", "/shared/runs/x")),
+        ("ray", {"address": "http://127.0.0.1:8265", "job": "x"}, RayJobsHandle("http://127.0.0.1:8265", "x")),
+        (
+            "kubernetes",
+            {"name": "x", "namespace": "default", "manifest": "/home/me/x.yaml"},
+            KubernetesHandle("x", "default", "/home/me/x.yaml"),
+        ),
+    ],
+)
+def test_a_record_written_before_records_had_a_type_loads_and_is_written_the_same(
+    backend: str, facts: dict[str, str], handle: Handle, tmp_path: Path
+) -> None:
+    written = OLD_RECORD | {"backend": backend, "facts": facts}
+    (tmp_path / "ablate-kernel-20261101-120000-0a1b.json").write_text(json.dumps(written))
+    found = load("ablate-kernel-20261101-120000-0a1b", tmp_path)
+    assert found.handle == handle and found.job.words[0] == "experiments/ablate_kernel.py"
+    assert json.loads(json.dumps(found.to_json())) == written
+
+
+OLD_RECORD = {
+    "id": "ablate-kernel-20261101-120000-0a1b",
+    "words": ["experiments/ablate_kernel.py", "--seeds", "3", "--output", "/shared/runs"],
+    "output": "/shared/runs",
+    "data_root": None,
+    "code": {"root": "/home/me/stadapter", "commit": "0123456789abcdef", "dirty": False},
+    "packages": {"python": "3.11.9", "prefix": "/home/me/venv", "installed": ["numpy==2.3.0", "ray==2.60.0"]},
+    "env": [["NOTE", "a=b"]],
+    "secret_env": ["HF_TOKEN"],
+    "submitted": "2026-11-01T12:00:00+0000",
+}
+
+
 def misfits(value: Any, fields: Any, where: str = "") -> list[str]:
-    """Where `value` is not what the published definition has there."""
+    """Return a line for each place where `value` is not as the published definition has it."""
     if isinstance(fields, str):
         types = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
         allowed = tuple(types[word] for word in fields.split(" or "))
@@ -228,7 +298,7 @@ def test_every_field_of_the_manifest_is_one_of_kuberay_s_definition(
     manifest["spec"]["backoffLimit"] = "10"
     manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["container"] = []
     del manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
-    assert len(misfits(manifest, fields)) == 3  # it can tell
+    assert len(misfits(manifest, fields)) == 3  # the check finds what is wrong
 
 
 def test_an_archive_is_of_the_commit_and_only_of_it(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +315,7 @@ def test_an_archive_is_of_the_commit_and_only_of_it(checkout: Path, capsys: pyte
 def test_kubectl_gets_the_manifest_and_is_asked_by_name(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a stand-in: this machine has no Kubernetes."""
+    """kubectl is a stand-in, for want of a Kubernetes cluster."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "kubectl").write_text(f'#!/bin/sh\necho "$*" >> {tools}/said\necho Running RUNNING\n')
@@ -262,6 +332,35 @@ def test_kubectl_gets_the_manifest_and_is_asked_by_name(
     assert asked.startswith(f"--namespace default get rayjob {saved.stem} ")
     assert logs == f"--namespace default logs job/{saved.stem}"
     assert deleted == f"--namespace default delete rayjob {saved.stem} --wait=false"
+
+
+def test_slurm_gets_the_script_and_is_asked_by_number(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's commands are stand-ins; `test_slurm` has Slurm itself."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    answers = {"sbatch": "12;cluster", "squeue": "RUNNING |None |1 |", "scancel": ""}
+    for name, answer in answers.items():
+        (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tools}/said\necho "{answer}"\n')
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    assert main(["submit", "slurm", "--", "experiments/ablate.py"]) == 0
+    found = submitted(checkout / "runs" / "submissions")
+    assert isinstance(found.handle, SlurmHandle) and found.handle.job == "12"
+    folder = Path(found.handle.folder)
+    (folder / "log.txt").write_text("one line\n")
+    for verb in ("status", "logs", "stop"):
+        assert main(["submit", verb, found.job.id]) == 0
+    shown = capsys.readouterr().out
+    assert "running, requeued 1x" in shown and "one line" in shown and "stopping" in shown
+    said = (tools / "said").read_text().splitlines()
+    assert said[0] == f"sbatch --parsable {folder}/job.sh" and (folder / "code" / "experiments" / "ablate.py").exists()
+    assert said[-1] == "scancel --batch --signal=USR2 12"
+    (tools / "squeue").write_text("#!/bin/sh\n")  # the job has left the queue
+    for code, state in (("0", "finished"), ("130", "stopped"), ("7", "failed with exit code 7")):
+        (folder / "ended").write_text(code)
+        assert found.handle.status().startswith(state)
 
 
 def test_the_code_that_travels_is_what_git_would_commit(checkout: Path, tmp_path: Path) -> None:
@@ -307,7 +406,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Ray cluster of its own with token authentication: the environment in which to talk to it."""
+    """Yield the environment in which to talk to a new Ray cluster with token authentication."""
     folder = tmp_path_factory.mktemp("ray")
     (folder / "token").write_text(secrets.token_hex(32))
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -335,9 +434,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def submitted(records: Path) -> dict[str, Any]:
-    (path,) = records.glob("*.json")
-    found: dict[str, Any] = json.loads(path.read_text())
+def submitted(records: Path) -> Submission:
+    (found,) = load_all(records)
     return found
 
 
@@ -347,17 +445,17 @@ def test_a_sweep_runs_as_a_ray_job(ray_cluster: dict[str, str], tiny_flags: list
     words = ["--", "experiments/ablate_kernel.py", *sweep, "--output", output]
     done = submit("ray", "--records", records, *words, **ray_cluster)
     assert done.returncode == 0, done.stderr
-    job = submitted(records)
-    logs = submit("logs", job["id"], "--follow", "--records", records, **ray_cluster)
+    job = submitted(records).job
+    logs = submit("logs", job.id, "--follow", "--records", records, **ray_cluster)
     assert "finished  kernel 3x3x3 seed 0" in logs.stdout, logs.stdout + logs.stderr
-    assert submit("status", job["id"], "--records", records, **ray_cluster).stdout.split()[-1] == "finished"
+    assert submit("status", job.id, "--records", records, **ray_cluster).stdout.split()[-1] == "finished"
     (trial,) = (output / "trials").iterdir()
     result = record.read_result(trial)
     assert result is not None
-    # It trained in a copy of the checkout, and knows of which commit.
-    assert json.loads((trial / record.RESULT).read_text())["git_commit"] == job["code"]["commit"]
+    # It trained in a copy of the checkout, and the result names its commit.
+    assert json.loads((trial / record.RESULT).read_text())["git_commit"] == job.code.commit
     token = Path(ray_cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
-    assert token not in logs.stdout + done.stdout + json.dumps(job)
+    assert token not in logs.stdout + done.stdout + (records / f"{job.id}.json").read_text()
 
 
 def test_stop_lets_the_driver_of_a_ray_job_end_gently(
@@ -372,10 +470,10 @@ def test_stop_lets_the_driver_of_a_ray_job_end_gently(
             patched.setenv(name, value)
         assert main(["submit", *arguments]) == 0
         wait_until(started.exists)
-        id = submitted(records)["id"]
-        assert main(["submit", "stop", id, "--records", str(records)]) == 0
+        found = submitted(records)
+        assert main(["submit", "stop", found.job.id, "--records", str(records)]) == 0
         wait_until(ended.exists)
-        wait_until(lambda: ray_jobs.status(submitted(records)["facts"]).startswith("stopped"))
+        wait_until(lambda: found.handle.status().startswith("stopped"))
 
 
 WAITS = """
@@ -420,6 +518,26 @@ def test_an_address_where_nothing_answers_has_a_one_line_answer(
     )
 
 
+def test_a_dashboard_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_dashboard, "LIMIT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="no Ray dashboard answers there") as refused:
+            RayJobsHandle(address, "x").status()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_job_is_looked_for_where_it_was_submitted_whatever_the_environment_names(
+    ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", ray_cluster["RAY_AUTH_TOKEN_PATH"])
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="does not know this job"):
+        RayJobsHandle(ray_cluster["RAY_API_SERVER_ADDRESS"], "x").status()
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:9"
+
+
 DRIVER = """
 import pathlib, signal, sys, time
 output = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
@@ -433,7 +551,7 @@ time.sleep(0.5)  # a checkpoint
 sys.exit(130)
 """
 
-# Ray's nodes are up at once; Slurm has one node, and writes down what is put back into the queue.
+# Stand-ins: Ray's nodes are up at once, Slurm has one node, and a requeue leaves a file.
 TOOLS = {
     "python": 'case "$*" in "-m ray.scripts.scripts start"*) exec sleep 60 ;; '
     '"-m stadapter.cluster.submit.ray_jobs"*) ;; *) exec {python} "$@" ;; esac',
@@ -445,7 +563,7 @@ TOOLS = {
 def test_a_slurm_job_tells_its_driver_once_and_a_stop_after_slurm_s_warning_is_the_end(
     asked: tuple[str, ...], requeued: bool, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without Slurm, whose part this plays; `test_slurm` is with it."""
+    """The test sends the signals that Slurm sends; `test_slurm` has Slurm itself."""
     tools, output = tmp_path / "tools", tmp_path / "runs"
     tools.mkdir()
     for name, line in TOOLS.items():

@@ -52,7 +52,7 @@ def sweep_flags(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def finished(sweep_flags: list[str]) -> subprocess.CompletedProcess[str]:
-    """The first launch of a sweep of 2 arms x 2 seeds."""
+    """Return the first launch of a sweep of 2 arms x 2 seeds."""
     return command(*sweep_flags)
 
 
@@ -275,7 +275,7 @@ def test_bad_input_has_a_one_line_answer_and_starts_nothing(
 
 
 def test_trials_find_a_cache_that_was_named_by_a_relative_path(tmp_path: Path) -> None:
-    """Tune changes the working directory: each trial would render the embedded world again, in a scratch folder."""
+    """Tune changes the working directory: with a relative path each trial would render the embedded world again."""
     probe = "import os, stadapter.cluster.runner; print(os.environ['STADAPTER_CACHE'])"
     environment = {**os.environ, "STADAPTER_CACHE": "cache", "PYTHONPATH": str(ROOT)}
     said = subprocess.run(
@@ -327,7 +327,7 @@ def test_the_sweep_folder_describes_the_sweep(output: Path) -> None:
 
 
 def test_the_processes_of_a_ray_that_is_started_here_know_its_address(cluster: Cluster) -> None:
-    """Ray Train clears up after a trial that died at the address of any Ray on this machine, where it must guess."""
+    """Ray Train frees the CPUs of a trial that died through an address, and may guess that of another Ray."""
     before = os.environ.get("RAY_ADDRESS")
     told = ray.remote(lambda: os.environ.get("RAY_ADDRESS")).options(num_cpus=0)
     assert ray.get(told.remote()) == ray.get_runtime_context().gcs_address != before

@@ -1,4 +1,4 @@
-"""`--all-faults`, and the matrix of what was injected, printed at the end."""
+"""The flag `--all-faults`, and the fault matrix printed at the end."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A Ray cluster of three nodes on this machine: prints where it is, and goes when its standard input ends.
+"""A Ray cluster of three nodes on this machine, which prints its address and ends with its standard input.
 
-A process of its own: Ray decides once for a process which token it has.
+It runs as a separate process, because Ray decides once for a process which token it has.
 """
 
 import json

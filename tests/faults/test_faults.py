@@ -3,7 +3,7 @@
 `make faults` injects all of them and prints the matrix; `make test` injects some. The sweep has two trials, mostly one
 after the other, and the fault comes in the middle of the second: the first must not be run again.
 
-A fault's row: seconds until the next training step, counted from the fault, or from the next launch where it takes one;
+A fault's row: seconds until the next training step, counted from the fault, or from the next launch if one is needed;
 trials that have no result in the end; finished trials that were trained again; steps that were trained twice.
 """
 
@@ -22,7 +22,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
@@ -30,7 +29,8 @@ import slurm_here
 from matrix import MATRIX
 from safetensors.torch import load_file
 
-from stadapter.cluster.submit.slurm import status
+from stadapter.cluster.submit.slurm import SlurmHandle
+from stadapter.cluster.submit.submissions import load_all
 from stadapter.trials import record
 
 HERE = Path(__file__).parent
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass
 class Sweep:
-    """The sweep of `traced.py` in a folder of its own."""
+    """The sweep of `traced.py` in a new folder."""
 
     folder: Path
     flags: list[str]
@@ -68,7 +68,7 @@ class Sweep:
     def begin(self, *more: str) -> subprocess.Popen[bytes]:
         log = self.folder / f"launch{len(self.logs)}.log"
         self.logs.append(log)
-        with log.open("w") as file:  # a session of its own: what a terminal's Ctrl-C reaches
+        with log.open("w") as file:  # a new session, all of which a terminal's Ctrl-C reaches
             process = subprocess.Popen(
                 self.command(*more), stdout=file, stderr=file, env=self.environment(), start_new_session=True
             )
@@ -84,7 +84,7 @@ class Sweep:
         return [Step(int(extent), int(rank), int(pid), float(at)) for extent, rank, pid, at in lines]
 
     def wait_for_step(self, number: int) -> list[Step]:
-        """The steps, once rank 0 has begun so many of them."""
+        """Wait until rank 0 has begun so many steps, and return the steps."""
         wait_until(lambda: sum(step.rank == 0 for step in self.steps()) >= number, self)
         return self.steps()
 
@@ -143,7 +143,7 @@ def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> S
 
 
 def addresses_of(pids: set[int]) -> set[str]:
-    """At which addresses these processes listen, as /proc/net writes them."""
+    """Return the addresses at which these processes listen, as /proc/net writes them."""
     links = set()
     for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")):
         with contextlib.suppress(OSError):  # closed meanwhile
@@ -171,7 +171,7 @@ def kill_tree(root: int) -> None:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """What a machine that goes down leaves: nothing."""
+    """Kill every process of the sweep, as when the machine goes down."""
     kill_tree(process.pid)
     process.wait()
 
@@ -196,7 +196,7 @@ def conclude(
     exact: bool = True,
     hit: int | None = None,
 ) -> None:
-    """Every trial has its result, as if nothing had happened; a row for the matrix. `hit` is the trial that was hit."""
+    """Check that every trial has the result of an undisturbed sweep, and add a row to the matrix. `hit`: its trial."""
     finished, expected = sweep.finished(), undisturbed.finished()
     lost = len(expected.keys() - finished.keys())
     steps = [step for step in sweep.steps() if step.rank == 0]
@@ -312,7 +312,7 @@ def test_a_checkpoint_that_was_cut_short_is_set_aside(sweep: Sweep, undisturbed:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 8 MiB."""
+    """Mount a new file system of 8 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True, text=True)
@@ -368,7 +368,7 @@ def test_a_disk_that_becomes_read_only_ends_the_launch_in_one_line(
 
 @dataclass
 class Server:
-    """A real MLflow server on a port of its own."""
+    """A real MLflow server on a free port."""
 
     folder: Path
     port: int
@@ -410,7 +410,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def assert_in_step(server: Server, output: Path) -> None:
-    """After `sync` the store holds each trial once, finished, with every epoch once."""
+    """Check that after `sync` the store holds each trial once, finished, with every epoch once."""
     words = ["-m", "stadapter", "sync", "--output", str(output), "--tracking-uri", server.address]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=LAUNCH_TIMEOUT_S)
     assert done.returncode == 0, done.stderr
@@ -459,13 +459,13 @@ def test_an_mlflow_server_that_is_away_costs_nothing_and_is_brought_up_to_date(
 
 @dataclass(frozen=True)
 class Nodes:
-    """A Ray cluster on this machine: a head that trains nothing, and two nodes, each with processes of its own."""
+    """A Ray cluster on this machine: a head that trains nothing, and two nodes, each with separate processes."""
 
     address: str
     raylets: list[int]
 
     def home_of(self, pid: int) -> int:
-        """The raylet on whose node this process runs."""
+        """Return the raylet on whose node this process runs."""
         (raylet,) = (raylet for raylet in self.raylets if pid in descendants(raylet))
         return raylet
 
@@ -554,7 +554,7 @@ class SlurmJob:
 
     nodes: int
 
-    def submit(self) -> dict[str, Any]:
+    def submit(self) -> SlurmHandle:
         jobs = self.sweep.folder / "jobs"
         words = ["submit", "slurm", "--nodes", str(self.nodes), "--cpus-per-node", "2", "--records", str(jobs)]
         words += ["--env", f"TRACE={self.sweep.folder / 'trace'}"]
@@ -563,10 +563,10 @@ class SlurmJob:
             cwd=HERE, capture_output=True, text=True, timeout=LAUNCH_TIMEOUT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        newest = max(jobs.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        facts: dict[str, Any] = json.loads(newest.read_text())["facts"]
-        self.sweep.logs.append(Path(facts["folder"]) / "log.txt")
-        return facts
+        handle = load_all(jobs)[-1].handle
+        assert isinstance(handle, SlurmHandle)
+        self.sweep.logs.append(Path(handle.folder) / "log.txt")
+        return handle
 
 
 @slurm_here.needed
@@ -574,27 +574,27 @@ class SlurmJob:
 def test_a_pre_empted_slurm_job_goes_back_into_the_queue_and_finishes(
     slurm: None, sweep: Sweep, undisturbed: Sweep
 ) -> None:
-    facts = SlurmJob(sweep, nodes=1).submit()
+    job = SlurmJob(sweep, nodes=1).submit()
     sweep.wait_for_the_middle_of_the_second()
-    # What Slurm itself does `--grace` seconds before the time limit, and at a pre-emption with send_user_signal.
-    slurm_here.said("scancel", "--batch", "--signal=USR1", facts["job"])
-    wait_until(lambda: "requeued 1x" in status(facts), sweep)
+    # Slurm sends this signal `--grace` seconds before the time limit, and at a pre-emption with send_user_signal.
+    slurm_here.said("scancel", "--batch", "--signal=USR1", job.job)
+    wait_until(lambda: "requeued 1x" in job.status(), sweep)
     since = time.time()
-    slurm_here.wait_out_the_requeue(facts["job"])
-    wait_until(lambda: status(facts) == "finished", sweep)
+    slurm_here.wait_out_the_requeue(job.job)
+    wait_until(lambda: job.status() == "finished", sweep)
     conclude("Slurm pre-empts the job", "USR1, requeued", sweep, undisturbed, since)
     assert sum(step.rank == 0 for step in sweep.steps()) == TRIALS * STEPS
-    assert not Path(facts["folder"], "private").exists()  # the token went with the job
+    assert not Path(job.folder, "private").exists()  # the token went with the job
 
 
 @slurm_here.needed
 @pytest.mark.long
 def test_a_cancelled_slurm_job_is_submitted_again(slurm: None, sweep: Sweep, undisturbed: Sweep) -> None:
-    facts = SlurmJob(sweep, nodes=2).submit()
+    job = SlurmJob(sweep, nodes=2).submit()
     sweep.wait_for_the_middle_of_the_second()
-    slurm_here.said("scancel", facts["job"])
-    wait_until(lambda: "submit it again to continue" in status(facts), sweep)
+    slurm_here.said("scancel", job.job)
+    wait_until(lambda: "submit it again to continue" in job.status(), sweep)
     since = time.time()
     again = SlurmJob(sweep, nodes=2).submit()
-    wait_until(lambda: status(again) == "finished", sweep)
+    wait_until(lambda: again.status() == "finished", sweep)
     conclude("Slurm cancels the job", "scancel, submitted again", sweep, undisturbed, since)

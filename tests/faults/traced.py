@@ -1,6 +1,6 @@
 """Does a sweep come through whatever happens to it? Two arms whose every training step is written down in $TRACE.
 
-The sweep that the faults of `test_faults.py` happen to. An adapter of one's own is the way to see steps from outside.
+`test_faults.py` injects its faults into this sweep. A custom adapter makes the training steps visible from outside.
 """
 
 import os
@@ -14,7 +14,7 @@ from stadapter.config import AdapterConfig, Recipe
 from stadapter.model.adapter import STAdapter
 from stadapter.model.custom import own_adapter
 
-STEP_S = 0.1  # at least, so that there is time for a fault
+STEP_S = 0.1  # at least, so that a fault can happen between two steps
 
 
 class Traced(STAdapter):

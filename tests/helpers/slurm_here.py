@@ -1,4 +1,4 @@
-"""Slurm itself on loopback: two nodes of two CPUs, which are this machine."""
+"""Slurm itself on this machine, by way of loopback, as two nodes of two CPUs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """A context in which Slurm is up, and the commands find it."""
+    """Run Slurm within a context, in which its commands find it."""
     folder = Path(f"/tmp/stadapter-slurm-{os.getpid()}")  # short: it holds sockets
     (folder / "state").mkdir(parents=True, mode=0o700)
     (folder / "spool").mkdir()
@@ -96,10 +96,12 @@ def running() -> Iterator[None]:
 
 
 def said(*command: str) -> str:
+    """Return the standard output of a command, whether or not it succeeds."""
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def wait_until(holds: Callable[[], Any], timeout_s: float = 60) -> None:
+    """Return once `holds()` is true. Fails the test after `timeout_s`."""
     until = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < until, "in vain"
@@ -107,6 +109,9 @@ def wait_until(holds: Callable[[], Any], timeout_s: float = 60) -> None:
 
 
 def wait_out_the_requeue(job: str) -> None:
-    """A job that was put back is held for up to two minutes, for its first start's credentials to expire: here 5 s."""
+    """Let a requeued job start: Slurm holds it for up to two minutes, until the credentials of its first start expire.
+
+    Here they expire after 5 s.
+    """
     time.sleep(CREDENTIALS_S + 1)
     said("scontrol", "update", f"JobId={job}", "StartTime=now")

@@ -23,7 +23,7 @@ import pytest
 
 from stadapter.ablation.launch import Launch, Request
 from stadapter.ablation.progress import Terminal
-from stadapter.cluster.runner import write_error
+from stadapter.cluster.failure import write_error
 from stadapter.config import ConfigError, Recipe, replace
 from stadapter.trials import files, lock, record, status
 from stadapter.trials.stop import GentleStop, Standstill, moving, watch

@@ -21,8 +21,10 @@ from stadapter.training.loop import train
 from stadapter.training.options import TrainOptions
 from stadapter.trials import record
 from stadapter.tuning import tune
+from stadapter.tuning.report import best_text
 from stadapter.tuning.search import search
-from stadapter.tuning.space import Tried, apply, known_trials, search_space
+from stadapter.tuning.space import TrialOutcome, apply, known_trials, search_space, trial_of
+from stadapter.tuning.tune import SearchOptions, plan_search, run_search
 
 TRIALS = 5
 
@@ -39,21 +41,21 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tried(cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, output: Path) -> list[Tried]:
-    """A search that knows nothing yet."""
-    seen: list[Tried] = []
+def tried(cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, output: Path) -> list[TrialOutcome]:
+    """Run a search that knows no trial yet, and return its trials."""
+    seen: list[TrialOutcome] = []
     space = search_space(tiny_recipe)
     found = search(cluster, tiny_recipe, space, TRIALS, [], output, TrainOptions(clip_folder), seen.append)
     assert found == seen
     return found
 
 
-def folder(one: Tried, output: Path) -> Path:
-    return Tried.trial_of(one.recipe).folder(output)
+def folder(one: TrialOutcome, output: Path) -> Path:
+    return trial_of(one.recipe).folder(output)
 
 
 def test_the_search_tries_the_recipes_own_settings_and_others_within_the_space(
-    tried: list[Tried], tiny_recipe: Recipe
+    tried: list[TrialOutcome], tiny_recipe: Recipe
 ) -> None:
     assert len(tried) == TRIALS
     ids = {config.identity(one.recipe) for one in tried}
@@ -67,7 +69,7 @@ def test_the_search_tries_the_recipes_own_settings_and_others_within_the_space(
 
 
 def test_a_trial_stopped_early_does_not_look_finished(
-    tried: list[Tried], output: Path, clip_folder: Path, tiny_recipe: Recipe
+    tried: list[TrialOutcome], output: Path, clip_folder: Path, tiny_recipe: Recipe
 ) -> None:
     assert {one.status for one in tried} == {"finished", "stopped"}
     for one in tried:
@@ -75,24 +77,24 @@ def test_a_trial_stopped_early_does_not_look_finished(
         assert one.epochs == len(record.read_metrics(folder(one, output)))
         assert (one.epochs == tiny_recipe.optim.epochs) == (one.status == "finished")
     stopped = next(one for one in tried if one.status == "stopped")
-    resumed = train(stopped.recipe, folder(stopped, output), TrainOptions(clip_folder))  # what a later sweep does
+    resumed = train(stopped.recipe, folder(stopped, output), TrainOptions(clip_folder))  # as a later sweep would
     assert resumed.epoch == tiny_recipe.optim.epochs
     (folder(stopped, output) / record.RESULT).unlink()
 
 
-def test_the_value_of_a_trial_is_its_validation_accuracy(tried: list[Tried], output: Path) -> None:
+def test_the_value_of_a_trial_is_its_validation_accuracy(tried: list[TrialOutcome], output: Path) -> None:
     for one in tried:
         if one.status == "finished":
             assert one.value == record.read_metrics(folder(one, output))[-1]["val_top1"]
 
 
 def test_finished_trials_are_known_to_the_next_search(
-    cluster: Cluster, tried: list[Tried], output: Path, tiny_recipe: Recipe, clip_folder: Path
+    cluster: Cluster, tried: list[TrialOutcome], output: Path, tiny_recipe: Recipe, clip_folder: Path
 ) -> None:
     space = search_space(tiny_recipe)
     known = known_trials(tiny_recipe, space, output)
     finished = {config.identity(one.recipe): one.value for one in tried if one.status == "finished"}
-    assert {config.identity(apply(tiny_recipe, point)): value for point, value in known} == finished
+    assert {config.identity(apply(tiny_recipe, one.settings)): one.value for one in known} == finished
     other_seed = config.replace(tiny_recipe, seed=1)
     assert known_trials(other_seed, search_space(other_seed), output) == []
 
@@ -117,7 +119,7 @@ def test_a_training_that_fails_does_not_end_the_search(
 def test_the_best_settings_can_be_pasted_as_python_and_as_flags() -> None:
     best = recipes.for_strategy(recipes.embedded, "lora")
     best = config.replace(best, **{"optim.base_lr": 0.0123, "optim.warmup_epochs": 0.5, "adapter.blocks": (1, 2)})
-    text = tune.best_text("embedded", best)
+    text = best_text("embedded", best)
     python = text.partition("As Python:")[2].partition("As flags:")[0].strip()
     assert eval(python, {"config": config, "recipes": recipes}) == best
     flags = text.partition("As flags:")[2].split()
@@ -129,7 +131,7 @@ def test_the_backbones_own_rate_is_searched_where_there_is_one() -> None:
     assert "optim.backbone_lr_factor" not in search_space(recipes.embedded)
     full = search_space(recipes.for_strategy(recipes.embedded, "full"))
     limits = full["optim.backbone_lr_factor"]
-    assert limits.low < limits.own < limits.high <= 1
+    assert limits.low < limits.start < limits.high <= 1
 
 
 def test_settings_are_rounded_but_the_recipes_own_values_are_kept() -> None:
@@ -173,6 +175,19 @@ def test_the_command_prints_and_keeps_the_best(
     assert f"val top-1 {values[0]:.1f} %" in shown
 
 
+def test_a_search_runs_from_python_and_prints_nothing(
+    tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changed = config.difference(recipes.embedded, tiny_recipe)
+    options = SearchOptions(trials=1, fields=changed, data_root=str(clip_folder), num_gpus=0, output=tmp_path)
+    plan = plan_search(options)
+    seen: list[TrialOutcome] = []
+    result = run_search(plan, seen.append)
+    assert list(result.trials) == seen and result.best == seen[0]
+    assert result.text == (plan.folder / "best.txt").read_text()
+    assert capfd.readouterr().out == ""
+
+
 def test_the_data_root_of_a_search_may_be_an_address() -> None:
     parser = argparse.ArgumentParser()
     tune.add_arguments(parser)
@@ -181,10 +196,10 @@ def test_the_data_root_of_a_search_may_be_an_address() -> None:
 
 
 def test_ctrl_c_ends_a_search_and_what_has_ended_counts(tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
-    """On a Ray of its own: what was cut off may hold the CPUs until it is shut down."""
-    seen: list[Tried] = []
+    """It has a new Ray to itself: a trial that was cut off may hold its CPUs until Ray is shut down."""
+    seen: list[TrialOutcome] = []
 
-    def interrupt_soon(one: Tried) -> None:
+    def interrupt_soon(one: TrialOutcome) -> None:
         seen.append(one)
         if len(seen) == 1:
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()

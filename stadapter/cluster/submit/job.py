@@ -1,14 +1,13 @@
-"""What is handed to a cluster, whichever kind: a command, the code and environment it runs with, where it writes.
+"""A job for a cluster of any kind: a command, the code and environment that it runs with, and where it writes.
 
-A job is the command line that would run here, made independent of here: its paths are absolute, its code is a copy of
-the checkout at a known commit, its secrets are names. What was submitted is kept as RECORDS/<id>.json.
+A job is a command line of this machine, made independent of this machine: its paths are absolute, its code is a copy
+of the checkout at a known commit, its secrets are names.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -16,17 +15,17 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
 from stadapter.config import ConfigError
 from stadapter.data.lists.storage import is_remote
-from stadapter.trials import files
 from stadapter.trials.sweep import DEFAULT_OUTPUT
 
-COMMIT = "STADAPTER_COMMIT"  # tells a run that is in no git checkout which commit it runs; see trials.provenance
+COMMIT = "STADAPTER_COMMIT"  # the commit, for a run outside of a git checkout; see trials.provenance
 MAX_CODE_BYTES = 200_000_000
 MAX_STEM = 20  # an id then fits the 47 characters that KubeRay allows
 
@@ -40,7 +39,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 @dataclass(frozen=True)
 class Code:
-    """A checkout, and what is in it."""
+    """A git checkout: its folder, its commit, and if it holds changes that are in no commit."""
 
     root: str
     commit: str
@@ -52,10 +51,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Packages:
-    """The Python environment that a command was submitted from."""
+    """The Python environment that a job was submitted from."""
 
-    python: str  # its version
-    prefix: str  # its folder
+    python: str  # the version
+    prefix: str  # the folder
     installed: tuple[str, ...]  # name==version, sorted
 
     def digest(self) -> str:
@@ -67,7 +66,7 @@ class Packages:
 
 @dataclass(frozen=True)
 class Job:
-    """A command to run elsewhere, with what makes it the same there."""
+    """A command that runs on a cluster, with the code, environment and paths that make it the same there."""
 
     id: str
     words: tuple[str, ...]  # the script, relative to the checkout, and its flags; all paths absolute
@@ -78,32 +77,40 @@ class Job:
     env: tuple[tuple[str, str], ...] = ()
     secret_env: tuple[str, ...] = ()  # names only; no value is ever written
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Job:
+        """Return the job whose `dataclasses.asdict` was written as JSON."""
+        packages = fields["packages"]
+        return cls(
+            id=fields["id"],
+            words=tuple(fields["words"]),
+            output=fields["output"],
+            data_root=fields["data_root"],
+            code=Code(**fields["code"]),
+            packages=Packages(packages["python"], packages["prefix"], tuple(packages["installed"])),
+            env=tuple((name, value) for name, value in fields["env"]),
+            secret_env=tuple(fields["secret_env"]),
+        )
+
     def described(self) -> dict[str, str]:
-        """Where the job comes from, for the metadata of a cluster."""
+        """Return where the job comes from, for the metadata of a cluster."""
         facts = {"commit": str(self.code), "environment": str(self.packages), "output": self.output}
         return facts | ({"data-root": self.data_root} if self.data_root else {})
 
 
-def make_job(words: list[str], env: list[str], secret_env: list[str], *, shared_paths: bool) -> Job:
-    """The job of `words`, a script and its flags; ConfigError where it could not run elsewhere.
+def make_job(
+    words: Sequence[str], env: Sequence[str] = (), secret_env: Sequence[str] = (), *, shared_paths: bool
+) -> Job:
+    """Return the job that runs `words`, a script and its flags. Raises ConfigError if it could not run on a cluster.
 
-    With `shared_paths` the cluster sees this machine's files, and relative paths are made absolute; without, they mean
-    nothing there and are refused.
+    `env` holds NAME=VALUE, `secret_env` names alone. With `shared_paths` the cluster sees this machine's files, and
+    relative paths are made absolute; without, they mean nothing there and are refused.
     """
-    if not words:
-        raise ConfigError("no command: name a script behind `--`, such as -- experiments/ablate_kernel.py --seeds 3")
-    for word in words:
-        check_printable("the command", word)
-    script, *flags = words
-    for flag in flags:
-        _check_no_password("the command behind `--`", flag)
-    if not Path(script).is_file():
-        raise ConfigError(f"{script}: there is no such script; paths are relative to the current folder")
+    script, *flags = _checked(words)
     code = _code_of(Path(script).resolve().parent)
     flags, output, data_root = _settle_paths(flags, Path.cwd() if shared_paths else None)
-    stem = re.sub("[^a-z0-9]+", "-", Path(script).stem.lower()).lstrip("-0123456789")[:MAX_STEM].rstrip("-") or "job"
     return Job(
-        id=f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
+        id=_new_id(script),
         words=(os.path.relpath(Path(script).resolve(), code.root), *flags),
         output=output,
         data_root=data_root,
@@ -114,15 +121,34 @@ def make_job(words: list[str], env: list[str], secret_env: list[str], *, shared_
     )
 
 
+def _checked(words: Sequence[str]) -> Sequence[str]:
+    """Return the words. Raises ConfigError if they name no script of this machine or hold a password."""
+    if not words:
+        raise ConfigError("no command: name a script behind `--`, such as -- experiments/ablate_kernel.py --seeds 3")
+    for word in words:
+        check_printable("the command", word)
+    for flag in words[1:]:
+        _check_no_password("the command behind `--`", flag)
+    if not Path(words[0]).is_file():
+        raise ConfigError(f"{words[0]}: there is no such script; paths are relative to the current folder")
+    return words
+
+
+def _new_id(script: str) -> str:
+    """Return a new job's name: the script's, the time, and four random digits. It fits what KubeRay allows."""
+    stem = re.sub("[^a-z0-9]+", "-", Path(script).stem.lower()).lstrip("-0123456789")[:MAX_STEM].rstrip("-") or "job"
+    return f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
 def check_printable(where: str, text: str) -> str:
-    """`text`, or a ConfigError where it would break the line of a script that it is written into."""
+    """Return `text`. Raises ConfigError if it would break the line of a script that it is written into."""
     if _CONTROL.search(text):
         raise ConfigError(f"{where}: {text!r} holds a line break or another control character")
     return text
 
 
 def check_no_secret(where: str, commands: str) -> None:
-    """ConfigError where shell commands that are written into a file set a secret to its value."""
+    """Raise ConfigError if shell commands that are written into a file set a secret to its value."""
     if _ASSIGNED.search(commands) or _PASSWORD.search(commands):
         raise ConfigError(
             f"{where}: holds what looks like a secret, and would be written into a file; use --secret-env"
@@ -149,7 +175,7 @@ def _variable(text: str) -> tuple[str, str]:
 
 def _secret_name(name: str) -> str:
     if not _NAME.fullmatch(name):
-        # Not repeated: where it is NAME=VALUE, the value is the secret.
+        # The name is not repeated: if it is NAME=VALUE, the value is the secret.
         raise ConfigError("--secret-env: expected the name of an environment variable, without its value")
     return name
 
@@ -160,7 +186,10 @@ class _Flags(argparse.ArgumentParser):
 
 
 def _settle_paths(flags: list[str], here: Path | None) -> tuple[list[str], str, str | None]:
-    """The flags with every path absolute, the output, and the data root."""
+    """Return the flags with every path absolute, the output, and the data root.
+
+    Relative paths are relative to `here`; without it they raise ConfigError.
+    """
     parser = _Flags(add_help=False)
     for flag in ("--output", "--data-root", "--weights", "--tracking-uri", "--address"):
         parser.add_argument(flag)
@@ -208,7 +237,7 @@ def _packages() -> Packages:
 
 
 def copy_code(job: Job, target: Path) -> None:
-    """Copy the checkout's files, but those that git ignores and the job's own output, into the folder `target`."""
+    """Copy the checkout into the folder `target`, without files that git ignores and without the job's output."""
     root = Path(job.code.root)
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     output = Path(job.output)
@@ -229,23 +258,3 @@ def copy_code(job: Job, target: Path) -> None:
         copy = target / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)
-
-
-def save(job: Job, backend: str, facts: dict[str, Any], records: Path) -> None:
-    """Write down that `job` was submitted; `facts` are what the back end needs to find it again."""
-    described = asdict(job) | {"submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "backend": backend, "facts": facts}
-    records.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(records / f"{job.id}.json", json.dumps(described, indent=2).encode())
-
-
-def load(id: str, records: Path) -> dict[str, Any]:
-    path = records / f"{id}.json"
-    if Path(id).name != id or not path.is_file():
-        raise ConfigError(f"{id}: nothing of this name was submitted; {records} holds the records, see --records")
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
-
-
-def load_all(records: Path) -> list[dict[str, Any]]:
-    """Every submission, the oldest first."""
-    return sorted((json.loads(path.read_text()) for path in records.glob("*.json")), key=lambda each: each["submitted"])

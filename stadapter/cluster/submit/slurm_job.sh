@@ -3,10 +3,11 @@
 
 @FACTS@
 
-# USR1 comes from Slurm, before the time limit or at a pre-emption: checkpoints, then back into the queue. USR2 comes
-# from `submit stop`: checkpoints, then the end. TERM goes to every process of a job that is cancelled; the driver has
-# had it then, and a second one would cut it off: whatever is asked for, and how often, it is told once. A stop after
-# Slurm's warning takes the job out of the queue.
+# The signals to this script:
+#   USR1  from Slurm, before the time limit or at a pre-emption: checkpoints, then back into the queue
+#   USR2  from `stadapter submit stop`: checkpoints, then the end, also after a USR1
+#   TERM  from Slurm, to every process of a cancelled job: the driver has got it as well
+# The driver is signalled once, however many signals come: a second one would cut it off.
 asked='' interrupted='' driver='' told='' head='' workers='' ready=''
 tell_driver() {
     if [ -n "$driver" ] && [ -z "$told" ]; then
@@ -28,7 +29,7 @@ folder=@FOLDER@
 rm -f "$folder/ended"
 trap 'echo "$?" > "$folder/ended"' EXIT
 @SECRETS@
-# Before `set -u`, which many a module and environment does not survive.
+# Before `set -u`, under which many modules and environments fail.
 @SETUP@
 python=@PYTHON@
 @EXPORTS@
@@ -37,7 +38,7 @@ cd "$folder/code" || fail "$folder/code is not there"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export SLURM_EXPORT_ENV=ALL # the steps of this job get the environment of this script
 
-# Ray's token lies in a folder of the job that nobody else can read, and goes when the job goes.
+# Ray's token lies in a folder of the job that only its user can read, and is deleted with the job's end.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/private/token" RAY_USAGE_STATS_ENABLED=0
 scratch=/tmp/stadapter-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 clean_up() {
@@ -55,7 +56,7 @@ mkdir -m 700 "$folder/private" || fail "$folder cannot be written"
 # The address at which the other nodes reach this one.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=127.0.0.1
-export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # Ray's switch for one machine alone: every port listens on loopback
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # every port of Ray listens on loopback
 if [ "$SLURM_NNODES" -gt 1 ]; then
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1
     other=$(scontrol show node --oneliner "${nodes[1]}" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
@@ -73,7 +74,7 @@ for each in held:
 print(*(each.getsockname()[1] for each in held))')
 dashboard=http://127.0.0.1:$dashboard_port
 
-# Ports that another job on these nodes may have are left to chance.
+# Ray chooses the ports that another job on these nodes could have taken.
 start_ray() {
     exec "$python" -m ray.scripts.scripts start --block --disable-usage-stats "$@" \
         --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
@@ -85,7 +86,7 @@ start_ray --head --node-ip-address="$address" --port="$port" --ray-client-server
     --dashboard-host=127.0.0.1 --dashboard-port="$dashboard_port" --temp-dir="$scratch" > "$folder/ray.txt" 2>&1 &
 head=$!
 
-# Wait until so many nodes are up, or somebody asks for an end.
+# Wait until so many nodes are up, or a signal asks for an end.
 wait_for() {
     "$python" -m stadapter.cluster.submit.ray_jobs "$dashboard" "$1" &
     ready=$!
