@@ -34,10 +34,9 @@ from stadapter import recipes
 from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, VitShape, seed_weights
 from stadapter.config import AdapterConfig
 from stadapter.model.adapter import STAdapter
-from stadapter.model.build import cast_frozen
+from stadapter.model.build import cast_frozen, freeze
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import trainable_parameters
-from stadapter.model.strategies import freeze
 from stadapter.training import hardware
 from stadapter.training.optim import make_optimizer
 from stadapter.training.runtime import PRECISIONS

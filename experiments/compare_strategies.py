@@ -2,8 +2,8 @@
 
 Every way to adapt a frozen image transformer to video, each with rates that suit it (`recipes.for_strategy`) and
 otherwise on the recipe's terms: same clips, same order, same epochs. What each one trains, and what was chosen where
-the paper leaves a choice, stands in `stadapter.model.strategies` and `stadapter.model.baselines`. `full_space_time` is
-the paper's full fine-tuning: divided space-time attention, told by its 121.57 M parameters. Beside it stand `full`,
+the paper leaves a choice, stands in `stadapter.strategies` and `stadapter.model.baselines`. `full_space_time` is
+the paper's full fine-tuning: divided space-time attention, with its 121.57 M parameters. Beside it stand `full`,
 without temporal modules, and `full_st_adapter`, with ST-Adapters: what their frozen backbone costs them.
 
 Expected: on motion, st_adapter far above all that look at single frames (linear_probe, prompt, partial, bitfit, lora,
@@ -30,7 +30,7 @@ STRATEGIES = typing.get_args(Strategy)
 def make_arm(recipe: Recipe, value: str) -> Arm:
     if value not in STRATEGIES:
         raise ConfigError(f"--values {value}: must be one of {', '.join(STRATEGIES)}")
-    return Arm(value, difference(recipe, for_strategy(recipe, typing.cast(Strategy, value))))
+    return Arm(value, difference(recipe, for_strategy(recipe, value)))
 
 
 if __name__ == "__main__":

@@ -17,27 +17,22 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from stadapter.strategies import STRATEGIES
 
 Placement = Literal["before_mhsa", "after_mhsa", "both", "after_mlp", "parallel"]
 Activation = Literal["none", "gelu"]
-Strategy = Literal[
-    "linear_probe",
-    "attentional_pooling",
-    "prompt",
-    "partial",
-    "temporal",
-    "bitfit",
-    "lora",
-    "adapter",
-    "st_adapter",
-    "full",
-    "full_space_time",
-    "full_st_adapter",
-]
 Sampling = Literal["uniform", "dense"]
 Resize = Literal["fast", "exact"]
 Precision = Literal["float32", "bfloat16", "float16"]
+
+
+# The names in the table of strategies; a type checker cannot read them from there.
+if TYPE_CHECKING:
+    Strategy = str
+else:
+    Strategy = Literal[tuple(STRATEGIES)]
 
 
 class ConfigError(ValueError):

@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 from stadapter.config import AdapterConfig, BackboneConfig, ConfigError, DataConfig, OptimConfig, Recipe, Strategy
+from stadapter.strategies import STRATEGIES
 
 # Which way do the digits move? 12 classes in 6 pairs that only the direction of time tells apart.
 embedded = Recipe(
@@ -119,23 +120,6 @@ def _real_video() -> list[Recipe]:
 _ALL = {recipe.name: recipe for recipe in (embedded, embedded_digits, *_real_video())}
 
 
-# Per strategy: its rate and its backbone's, in units of what the recipe gives ST-Adapter.
-_RATES: dict[Strategy, tuple[float, float]] = {
-    "linear_probe": (1, 1),
-    "attentional_pooling": (1 / 4, 1),
-    "prompt": (1, 1),
-    "partial": (1, 1 / 16),
-    "temporal": (1 / 4, 1),
-    "bitfit": (1, 1 / 2),
-    "lora": (1 / 2, 1),
-    "adapter": (1 / 4, 1),
-    "st_adapter": (1, 1),
-    "full": (1, 3 / 80),
-    "full_space_time": (1 / 2, 3 / 40),
-    "full_st_adapter": (1, 3 / 80),
-}
-
-
 def for_strategy(recipe: Recipe, strategy: Strategy) -> Recipe:
     """The recipe with another strategy and optimiser settings that suit it; everything else stays.
 
@@ -148,13 +132,13 @@ def for_strategy(recipe: Recipe, strategy: Strategy) -> Recipe:
 
     `linear_probe` and `bitfit` do not train the final norm, whatever the recipe says, since their names say so.
     """
-    rate, backbone_rate = _RATES[strategy]
+    row = STRATEGIES[strategy]
     optim = dataclasses.replace(
         recipe.optim,
-        base_lr=recipe.optim.base_lr * rate,
-        backbone_lr_factor=recipe.optim.backbone_lr_factor * backbone_rate,
+        base_lr=recipe.optim.base_lr * row.rate,
+        backbone_lr_factor=recipe.optim.backbone_lr_factor * row.backbone_rate,
     )
-    final_norm = recipe.train_final_norm and strategy not in ("linear_probe", "bitfit")
+    final_norm = recipe.train_final_norm and row.final_norm
     return dataclasses.replace(recipe, strategy=strategy, optim=optim, train_final_norm=final_norm)
 
 

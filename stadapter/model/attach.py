@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from stadapter.config import AdapterConfig, ConfigError, Placement
 from stadapter.model.adapter import STAdapter
-from stadapter.model.placement import PLACES, blocks_with_adapter, make_adapter
+from stadapter.model.placement import PLACES, blocks_with_adapter
 from stadapter.model.state import load_trainable_state, trainable_state
 
 V = TypeVar("V", bound=nn.Module)
@@ -69,7 +69,7 @@ def add_st_adapters(
         if here:
             like = next(block.parameters())
             width = next(module for module in block.modules() if isinstance(module, nn.LayerNorm)).normalized_shape[0]
-            made = nn.ModuleDict({place: make_adapter(adapter, width, plain=False) for place in here})
+            made = nn.ModuleDict({place: STAdapter.from_config(width, adapter) for place in here})
             block.add_module(_ADAPTERS, made.to(like.device, torch.promote_types(like.dtype, torch.float32)))
             setattr(block, _TOKENS, tokens)
             block.__class__ = _adapted_class(type(block))

@@ -34,8 +34,8 @@ from stadapter.data.cache.frames import decode_settings
 from stadapter.data.cache.quota import GB, Room, cache_folder
 from stadapter.data.cache.tokens import _MAGIC, FLAG, Rows
 from stadapter.data.lists.clip_list import ClipList
+from stadapter.model.build import meta_model
 from stadapter.model.classifier import VideoClassifier
-from stadapter.model.cost import meta_model
 from stadapter.trials.record import TokensUsed
 from stadapter.version import __version__
 

@@ -12,9 +12,9 @@ from stadapter.backbone import ops
 from stadapter.backbone.vit import Block, ViT, VitShape, activate, attention, seed_weights
 from stadapter.config import AdapterConfig, ConfigError
 from stadapter.model.adapter import STAdapter
+from stadapter.model.build import freeze
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.state import trainable_parameters
-from stadapter.model.strategies import freeze
 from stadapter.training import hardware
 
 SHAPE = VitShape(32, 8, 32, 2, 4, 64, "quick_gelu")
