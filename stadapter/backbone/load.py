@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stadapter.backbone.hubs import Backbone, describe_open_clip, describe_timm, download_open_clip, download_timm
-from stadapter.backbone.state_dicts import read_state
+from stadapter.backbone.state_dicts import check_fit, read_state
 from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, seed_weights
 from stadapter.config import BackboneConfig, ConfigError
 
@@ -72,7 +71,8 @@ def load_backbone(
     else:
         source, state = _find_weights(config, weights_file)
         state["pos_embed"] = resample_positions(state["pos_embed"], backbone.shape.grid)
-        _load(vit, state, source)
+        check_fit(state, vit.state_dict(), source, "is it of another architecture?")
+        vit.load_state_dict(state)
     return vit.to(device), backbone
 
 
@@ -122,22 +122,3 @@ def _check_digest(file: Path, expected: str) -> None:
         raise ConfigError(f"--weights {file}: cannot be read ({error.strerror})") from None
     if digest != expected:
         raise ConfigError(f"--weights {file}: its SHA-256 is {digest}, but the recipe was made with {expected}")
-
-
-def _load(vit: ViT, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `vit`, every tensor, or one line about the first that does not fit."""
-    expected = vit.state_dict()
-    for problem, names in (
-        ("lacks", expected.keys() - state.keys()),
-        ("has an unknown", state.keys() - expected.keys()),
-    ):
-        if names:
-            raise ConfigError(
-                f"{source}: the file {problem} tensor {min(names)} ({len(names)} in all): another architecture?"
-            )
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise ConfigError(
-                f"{source}: {name} is {list(tensor.shape)}, not {list(expected[name].shape)}: another architecture?"
-            )
-    vit.load_state_dict(dict(state))

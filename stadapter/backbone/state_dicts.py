@@ -118,6 +118,26 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return _strip("module.", {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)})
 
 
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, hint: str) -> None:
+    """Raise ConfigError unless the state has exactly the names and shapes of the tensors that a model expects."""
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        raise ConfigError(
+            f"{source}: lacks {some_of(missing)}, and has {some_of(unknown)} that the model does not take; {hint}"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{source}: {name} is {list(state[name].shape)}, but the model's is {list(tensor.shape)}; {hint}"
+            )
+
+
+def some_of(names: list[str]) -> str:
+    """Return up to three names, and how many more there are."""
+    shown = ", ".join(names[:3]) or "nothing"
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
 def _unpickle(file: Path) -> Any:
     """Tensors only: a pickle that wants to run code is refused."""
     try:
