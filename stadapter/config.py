@@ -206,6 +206,7 @@ class Recipe:
     backbone: BackboneConfig
     optim: OptimConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    # The names `rival` and `own` are hashed into every trial's identity: they stay.
     rival: BaselineConfig = field(default_factory=BaselineConfig)
     own: CustomCode = field(default_factory=CustomCode)
     strategy: Strategy = "st_adapter"
