@@ -1,4 +1,4 @@
-"""Backbones: from a name to a plain `ViT` with the right weights, activation and normalisation constants.
+"""Backbones: the way from a name to a plain `ViT` with its weights and normalisation constants.
 
     timm/<model>[.<tag>]            any plain timm ViT with a CLS token, CLIP's image towers included
     open_clip/<model>/<tag>         CLIP image towers
@@ -27,7 +27,10 @@ EMBEDDED_WEIGHTS = Path(__file__).parent / "embedded_vit.safetensors"
 
 
 def describe_backbone(config: BackboneConfig) -> Backbone:
-    """The backbone at its own image size, without weights. ConfigError: unknown, or not a plain ViT with CLS."""
+    """Return the backbone at its own image size, without weights.
+
+    Raises ConfigError if it is unknown, or not a plain ViT with CLS.
+    """
     library, _, name = config.name.partition("/")
     if config.name == "embedded":
         return Backbone(EMBEDDED_SHAPE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -48,10 +51,11 @@ def load_backbone(
     weights_file: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[ViT, Backbone]:
-    """The backbone for images of `image_size`, float32, with its weights; on device "meta" without them.
+    """Return the backbone for images of `image_size`, float32, with its weights; on device "meta" without them.
 
     Weights are random for `config.weights == "seed:<n>"`, else from `weights_file`, else from the library's hub (its
-    cache first). ConfigError if there are none, if the file's SHA-256 is not the recipe's, or if it does not fit.
+    cache first). Raises ConfigError if there are none, if the file's SHA-256 is not the recipe's, or if they do not
+    fit.
     """
     backbone = describe_backbone(config)
     if image_size < 1 or image_size % backbone.shape.patch_size:
@@ -77,7 +81,7 @@ def load_backbone(
 
 
 def resample_positions(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings [1 + n * n, D] -> [1 + grid * grid, D], float32; CLS keeps its own.
+    """Return position embeddings [1 + grid * grid, D], float32, of [1 + n * n, D]; CLS keeps its own.
 
     Bicubic without antialiasing, which is how the published models that change resolution do it (DeiT, DINOv2). timm
     antialiases when it shrinks the grid, which moves DINOv2's features by about 4 %.
@@ -98,7 +102,7 @@ def _seed(weights: str) -> int:
 
 
 def _find_weights(config: BackboneConfig, weights_file: Path | None) -> tuple[str, dict[str, Tensor]]:
-    """Where the weights come from, for messages, and the weights under our names."""
+    """Return the source of the weights, for messages, and the weights under our names."""
     if weights_file is not None:
         if config.weights:
             _check_digest(weights_file, config.weights)

@@ -1,4 +1,4 @@
-"""What is computed or kept in an own way, against the plain expressions that it stands for."""
+"""The custom autograd functions and the shortcuts of the last block, against their plain twins."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ T = 4
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on, everything is computed the plain way."""
+    """A function that turns the custom autograd functions off for the rest of the test."""
     return lambda: monkeypatch.setattr(ops, "wanted", lambda *tensors: False)
 
 
@@ -49,7 +49,7 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) ->
 
 
 def kept(function: Callable[[], Tensor], own: nn.Module) -> int:
-    """How many numbers the graph keeps, those of parameters left out."""
+    """Return how many numbers the graph keeps, those of parameters left out."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in own.parameters()}
     storages: dict[int, int] = {}
 
