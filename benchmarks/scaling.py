@@ -142,7 +142,6 @@ def _timed_into(exchanges: list[float]) -> Callable[[object, dist.GradBucket], t
 def _measure_in(rank: int, folder: Path, global_batch: int, steps: int, rounds: int) -> None:
     """One of the two processes; the cases take turns."""
     torch.set_num_threads(1)
-    hardware.set_fast_float32(torch.device("cpu"))
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=10))
     found: list[tuple[list[float], list[float]]] = [([], []) for _ in cases(global_batch)]

@@ -32,7 +32,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import reference_decoding
 from benchmarks.reference_model import PlainClassifier
-from benchmarks.step import gemms
 from stadapter import config, recipes
 from stadapter.config import Recipe
 from stadapter.data.clips import ClipDataset, train_loader
@@ -78,7 +77,6 @@ class Way:
     flops: int = 0  # of a step
 
     def step(self) -> None:
-        gemms(chosen=isinstance(self.model, VideoClassifier))
         started = time.process_time()
         if self.token_cache is None:
             logits = self.model(self.pixels)
@@ -196,7 +194,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--last", type=int, nargs="+", default=list(TARGETS), metavar="K", help="(default: 1 2 3 6)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    gemms(chosen=True)  # also for the rows: Adam's first steps make much of a difference in rounding
     print(
         f"{datetime.date.today()}, {hardware.cpu_name()}, one thread, load {os.getloadavg()[0]:.1f}, "
         f"torch {torch.__version__}, ViT-B/16, 8 frames, float32, median of {options.rounds}"

@@ -30,7 +30,7 @@ STRATEGIES = typing.get_args(Strategy)
 def make_arm(recipe: Recipe, value: str) -> Arm:
     if value not in STRATEGIES:
         raise ConfigError(f"--values {value}: must be one of {', '.join(STRATEGIES)}")
-    return Arm(value, difference(recipe, for_strategy(recipe, typing.cast(Strategy, value))))
+    return Arm(value, difference(recipe, for_strategy(recipe, value)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finding out what matters when a frozen image transformer is adapted to video (ST-Adapter, arXiv 2206.13559).
+"""Experiments on adapting a frozen image transformer to video (ST-Adapter, arXiv 2206.13559).
 
 The names below are imported when they are first used, and PyTorch with them.
 """

@@ -1,4 +1,4 @@
-"""What one training is, as frozen values.
+"""Recipes: a complete description of one training, as frozen values.
 
 A `Recipe` holds every field that decides a result, and nothing else: where files lie, how many GPUs work on it
 and where it is logged are arguments of the functions that use them. Two trainings with equal recipes must give
@@ -17,27 +17,22 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from stadapter.strategies import STRATEGIES
 
 Placement = Literal["before_mhsa", "after_mhsa", "both", "after_mlp", "parallel"]
 Activation = Literal["none", "gelu"]
-Strategy = Literal[
-    "linear_probe",
-    "attentional_pooling",
-    "prompt",
-    "partial",
-    "temporal",
-    "bitfit",
-    "lora",
-    "adapter",
-    "st_adapter",
-    "full",
-    "full_space_time",
-    "full_st_adapter",
-]
 Sampling = Literal["uniform", "dense"]
 Resize = Literal["fast", "exact"]
 Precision = Literal["float32", "bfloat16", "float16"]
+
+
+# The names in the table of strategies; a type checker cannot read them from there.
+if TYPE_CHECKING:
+    Strategy = str
+else:
+    Strategy = Literal[tuple(STRATEGIES)]
 
 
 class ConfigError(ValueError):
@@ -128,7 +123,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """Sizes of the strategies that ST-Adapter is compared with; a strategy reads its own alone."""
+    """The sizes of the baselines; each strategy reads the field that names it in brackets."""
 
     prompts: int = 8  # learned tokens per block (prompt)
     partial_blocks: int = 2  # trained, counted from the last (partial)
@@ -143,9 +138,9 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class CustomCode:
-    """An adapter or a model that is not in the package: a name in a Python file, and what that file says.
+    """An adapter or a model that is not in the package: a name in a Python file, and the hash of the file's content.
 
-    Where the file lies decides nothing and is not hashed; its content is. `stadapter.model.custom` fills these in.
+    The content decides results and is hashed; the place of the file is not. `stadapter.model.custom` fills these in.
     """
 
     file: str = ""
@@ -211,6 +206,7 @@ class Recipe:
     backbone: BackboneConfig
     optim: OptimConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    # The names `rival` and `own` are hashed into every trial's identity: they stay.
     rival: BaselineConfig = field(default_factory=BaselineConfig)
     own: CustomCode = field(default_factory=CustomCode)
     strategy: Strategy = "st_adapter"
@@ -228,7 +224,7 @@ class Recipe:
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """Every field as {dotted path: value}, tuples as lists, in the order of definition: what is logged and hashed."""
+    """Return every field by dotted path, tuples as lists, in order of definition: these are logged and hashed."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
@@ -243,7 +239,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> Recipe:
-    """The inverse of `flatten`; an unknown or missing field is a ConfigError."""
+    """Return the recipe that `flatten` made these fields of. Raises ConfigError for an unknown or missing field."""
     unknown = set(flat)
 
     def build(cls: type, prefix: str) -> Any:
@@ -267,7 +263,7 @@ def unflatten(flat: dict[str, Any]) -> Recipe:
 
 
 def replace(recipe: Recipe, **fields: Any) -> Recipe:
-    """A copy with fields changed by dotted path: `replace(recipe, **{"adapter.kernel_size": (3, 1, 1)})`."""
+    """Return a copy with fields changed by dotted path: `replace(recipe, **{"adapter.kernel_size": (3, 1, 1)})`."""
     flat = flatten(recipe)
     for path, value in fields.items():
         if path not in flat:
@@ -277,13 +273,13 @@ def replace(recipe: Recipe, **fields: Any) -> Recipe:
 
 
 def difference(recipe: Recipe, other: Recipe) -> dict[str, Any]:
-    """The fields of `other` that differ, by dotted path: `replace(recipe, **difference(recipe, other)) == other`."""
+    """Return the fields of `other` that differ, by path: `replace(recipe, **difference(recipe, other)) == other`."""
     mine = flatten(recipe)
     return {path: value for path, value in flatten(other).items() if value != mine[path]}
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`adapter.kernel_size=3,1,1` -> ("adapter.kernel_size", (3, 1, 1)), typed as the field is."""
+    """Return ("adapter.kernel_size", (3, 1, 1)) of `adapter.kernel_size=3,1,1`, typed as the field is."""
     path, separator, raw = text.partition("=")
     path = path.strip()
     if not separator:
@@ -300,7 +296,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _coerce(path: str, hint: Any, value: Any) -> Any:
-    """`value` (JSON value, Python value or command line text) as the type of the field, or a ConfigError."""
+    """Return a JSON value, a Python value or a command line's text as the type of the field, or raise ConfigError."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
@@ -338,7 +334,7 @@ LABELS = ("name", "own.file")  # fields that are shown or used, and decide nothi
 
 
 def scientific_fields(recipe: Recipe) -> dict[str, Any]:
-    """Every field that decides a result, by dotted path: no labels, and nothing about own code where there is none."""
+    """Return every field that decides a result, by path: no labels, and `own.*` only if there is custom code."""
     return {
         path: value
         for path, value in flatten(recipe).items()
@@ -347,13 +343,13 @@ def scientific_fields(recipe: Recipe) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe) -> str:
-    """12 hex digits, equal exactly when two trainings must give equal numbers: a hash of `scientific_fields`."""
+    """Return 12 hex digits, equal exactly when two trainings must give equal numbers: a hash of `scientific_fields`."""
     fields = scientific_fields(recipe)
     text = json.dumps({"fields": fields, "results_version": RESULTS_VERSION}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """A 63-bit seed of its own for each purpose (data order, augmentation, dropout, ...) and step, epoch or clip."""
+    """Return a 63-bit seed for one purpose (data order, augmentation, dropout, ...) and step, epoch or clip."""
     text = "/".join(map(str, (seed, purpose, *numbers)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 from stadapter.config import AdapterConfig, BackboneConfig, ConfigError, DataConfig, OptimConfig, Recipe, Strategy
+from stadapter.strategies import STRATEGIES
 
 # Which way do the digits move? 12 classes in 6 pairs that only the direction of time tells apart.
 embedded = Recipe(
@@ -94,7 +95,7 @@ epic_kitchens100_clip_b16 = dataclasses.replace(
 
 
 def _longer(recipe: Recipe, num_frames: int) -> Recipe:
-    """With 16 or 32 frames. A dense clip keeps its span in time: what stride the authors used there is not known."""
+    """Return the recipe with 16 or 32 frames. A dense clip keeps its span in time: the authors' stride is not known."""
     data = recipe.data
     stride = data.frame_stride * data.num_frames // num_frames if data.sampling == "dense" else data.frame_stride
     return dataclasses.replace(
@@ -105,7 +106,9 @@ def _longer(recipe: Recipe, num_frames: int) -> Recipe:
 
 
 def _real_video() -> list[Recipe]:
-    """3 data sets x 3 backbones x 3 lengths. Published commands exist for CLIP ViT-B/16 at 8 frames on SSv2 and
+    """Return the recipes of 3 data sets x 3 backbones x 3 lengths.
+
+    Published commands exist for CLIP ViT-B/16 at 8 frames on SSv2 and
     Kinetics-400 only; the others keep all their settings but the backbone and the frames."""
     found = []
     for base in (ssv2_clip_b16, kinetics400_clip_b16, epic_kitchens100_clip_b16):
@@ -119,57 +122,40 @@ def _real_video() -> list[Recipe]:
 _ALL = {recipe.name: recipe for recipe in (embedded, embedded_digits, *_real_video())}
 
 
-# Per strategy: its rate and its backbone's, in units of what the recipe gives ST-Adapter.
-_RATES: dict[Strategy, tuple[float, float]] = {
-    "linear_probe": (1, 1),
-    "attentional_pooling": (1 / 4, 1),
-    "prompt": (1, 1),
-    "partial": (1, 1 / 16),
-    "temporal": (1 / 4, 1),
-    "bitfit": (1, 1 / 2),
-    "lora": (1 / 2, 1),
-    "adapter": (1 / 4, 1),
-    "st_adapter": (1, 1),
-    "full": (1, 3 / 80),
-    "full_space_time": (1 / 2, 3 / 40),
-    "full_st_adapter": (1, 3 / 80),
-}
-
-
 def for_strategy(recipe: Recipe, strategy: Strategy) -> Recipe:
-    """The recipe with another strategy and optimiser settings that suit it; everything else stays.
+    """Return the recipe with another strategy and optimiser settings that suit it; everything else stays.
 
-    The rates are relative to the recipe's, which are ST-Adapter's. It bears a high one because its convolution starts
-    at zero and its backbone is frozen. What has no convolution takes less, and pretrained weights that move (`full`,
-    `partial`) have a rate of their own, an order of magnitude lower. On the embedded recipe none of these diverges.
-    That of `full_space_time` was chosen on the validation split of its motion task (one seed; 88 % top-1, and 48 % at
-    a quarter of the rate); the others are first choices, not the outcome of a search. For a comparison that gives each
-    side its best settings, search with `stadapter tune`.
+    The rates (`stadapter.strategies`) are relative to the recipe's, which are ST-Adapter's. ST-Adapter bears a high one
+    because its convolution starts at zero and its backbone is frozen. Without a convolution the rate is lower, and
+    pretrained weights that move (`full`, `partial`) have another, an order of magnitude lower. On the embedded recipe
+    none of these diverges. The rate of `full_space_time` was chosen on the validation split of its motion task (one
+    seed; 88 % top-1, and 48 % at a quarter of the rate); the others are first choices, not the outcome of a search. For
+    a comparison that gives each side its best settings, search with `stadapter tune`.
 
     `linear_probe` and `bitfit` do not train the final norm, whatever the recipe says, since their names say so.
     """
-    rate, backbone_rate = _RATES[strategy]
+    row = STRATEGIES[strategy]
     optim = dataclasses.replace(
         recipe.optim,
-        base_lr=recipe.optim.base_lr * rate,
-        backbone_lr_factor=recipe.optim.backbone_lr_factor * backbone_rate,
+        base_lr=recipe.optim.base_lr * row.rate,
+        backbone_lr_factor=recipe.optim.backbone_lr_factor * row.backbone_rate,
     )
-    final_norm = recipe.train_final_norm and strategy not in ("linear_probe", "bitfit")
+    final_norm = recipe.train_final_norm and row.final_norm
     return dataclasses.replace(recipe, strategy=strategy, optim=optim, train_final_norm=final_norm)
 
 
 def names() -> list[str]:
-    """The names of all recipes, embedded ones first."""
+    """Return the names of all recipes, embedded ones first."""
     return list(_ALL)
 
 
 def listing() -> str:
-    """The names for a help text, in lines of its width."""
+    """Return the names for a help text, wrapped to its width."""
     return textwrap.fill(f"recipes: {', '.join(names())}", width=100, break_on_hyphens=False)
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name, or a ConfigError that lists them."""
+    """Return the recipe of that name, or raise a ConfigError that lists them."""
     if name not in _ALL:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -178,7 +164,7 @@ def get(name: str) -> Recipe:
 
 
 def with_weights(recipe: Recipe, file: Path | None) -> Recipe:
-    """The recipe with backbone weights from `file`: what decides results is the file's content, not its place."""
+    """Return the recipe with backbone weights from `file`, identified by the file's content, not its place."""
     if file is None:
         return recipe
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the ground up: a folder knows those before it, and nothing of those behind it.
 FLOORS = (
-    *("version", "config", "recipes", "trials", "backbone"),
+    *("version", "strategies", "config", "recipes", "trials", "backbone"),
     *("data.lists", "data.video", "data.cache", "data", "model", "training", "inference"),
     *("results", "tracking", "cluster", "cluster.submit", "tuning", "ablation", "commands", "__init__", "__main__"),
 )

@@ -1,4 +1,4 @@
-"""Makes the weights of the embedded backbone: `python -m tools.pretrain_embedded`, about 13 minutes of one core.
+"""The pretraining of the embedded backbone: `python -m tools.pretrain_embedded`, about 13 minutes of one core.
 
 A small ViT learns which digits a still picture shows (CLS, multi-label) and which digit covers each patch. The dense
 loss matters: it makes patch tokens say what is where, which is what adapters compare between frames. The model
@@ -81,12 +81,12 @@ def evaluate(model: StillModel, stills: Stills) -> dict[str, float]:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices natively; elsewhere it is slower than float32."""
+    """Return True if the CPU multiplies bfloat16 matrices natively; elsewhere it is slower than float32."""
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def pretrain(images: int, epochs: int, seed: int) -> Iterator[tuple[ViT, dict[str, float]]]:
-    """After every epoch: the backbone, the epoch's losses, and accuracies on digits it has not seen."""
+    """Yield after every epoch the backbone, the epoch's losses, and accuracies on digits it has not seen."""
     start = time.perf_counter()
     print(f"rendering {images:,} still images ...", flush=True)
     stills, held_out = render_stills(images, seed, "pretraining"), render_stills(HELD_OUT_IMAGES, seed, "val")
@@ -123,7 +123,7 @@ def pretrain(images: int, epochs: int, seed: int) -> Iterator[tuple[ViT, dict[st
 
 
 def save(vit: ViT, output: Path, **facts: object) -> None:
-    """Half-precision weights; what they are and how they came about as JSON in the metadata."""
+    """Write half-precision weights, with their facts and their training as JSON in the metadata."""
     output.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().half().contiguous() for name, tensor in vit.state_dict().items()}
     partial = output.with_suffix(".partial")  # renamed when complete: a reader never meets half a file

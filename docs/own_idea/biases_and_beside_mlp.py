@@ -19,7 +19,7 @@ from stadapter.backbone.vit import ViT
 from stadapter.config import ConfigError, Recipe
 from stadapter.model.build import classifier
 from stadapter.model.classifier import Triple, VideoClassifier
-from stadapter.model.custom import own_model
+from stadapter.model.custom import custom_model
 
 
 def with_biases(recipe: Recipe, vit: ViT, mean: Triple, std: Triple) -> VideoClassifier:
@@ -50,8 +50,8 @@ def beside_mlp(recipe: Recipe, vit: ViT, mean: Triple, std: Triple) -> VideoClas
 
 ARMS: dict[str, dict[str, Any]] = {
     "st_adapter": {},
-    "with_biases": own_model(with_biases) | {"optim.backbone_lr_factor": 0.5},
-    "beside_mlp": own_model(beside_mlp) | {"adapter.placement": "after_mhsa"},
+    "with_biases": custom_model(with_biases) | {"optim.backbone_lr_factor": 0.5},
+    "beside_mlp": custom_model(beside_mlp) | {"adapter.placement": "after_mhsa"},
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stadapter.ablation import Arm, main
 from stadapter.config import AdapterConfig, ConfigError, Recipe, difference
-from stadapter.model.custom import own_adapter
+from stadapter.model.custom import custom_adapter
 from stadapter.recipes import for_strategy
 
 MAX_FRAMES = 64
@@ -66,7 +66,7 @@ def make_arm(recipe: Recipe, value: str) -> Arm:
         return Arm(value, {})
     if value == "attention":
         # What does not start at a zero convolution takes a lower rate, as the plain adapter does.
-        return Arm(value, own_adapter(TemporalAttentionAdapter) | {"optim.base_lr": recipe.optim.base_lr / 4})
+        return Arm(value, custom_adapter(TemporalAttentionAdapter) | {"optim.base_lr": recipe.optim.base_lr / 4})
     if value == "neither":
         return Arm(value, difference(recipe, for_strategy(recipe, "adapter")))
     raise ConfigError(f"--values {value}: must be one of {', '.join(ARMS)}")

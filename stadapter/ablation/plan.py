@@ -28,7 +28,8 @@ from stadapter.ablation.flags import check_gpu_flags
 from stadapter.ablation.gpus import DEFAULT_GPU, GPUS, gpu_named
 from stadapter.config import ConfigError, Recipe
 from stadapter.data.lists.formats import load_clips
-from stadapter.model.cost import Cost, cost_of, meta_model
+from stadapter.model.build import meta_model
+from stadapter.model.cost import Cost, cost_of
 from stadapter.training import hardware
 from stadapter.training.options import GPU_CLIPS_PER_PASS
 from stadapter.training.token_cache import check_pixels

@@ -1,4 +1,4 @@
-"""What timm and open_clip know about an image transformer: its architecture, its constants, and where its weights are.
+"""Image transformers of timm and open_clip: their architecture, their constants and their weights.
 
 Each library has two functions. `describe_*` reads the architecture as a `VitShape`, or raises a ConfigError that names
 the first thing the plain `ViT` lacks. `download_*` gives the weights under our names, from the library's cache or hub.
@@ -57,7 +57,7 @@ def _offline(name: str, server: str, what: str) -> ConfigError:
 
 
 def _reachable(url: str) -> bool:
-    """One quick try: the hub's own client retries for most of a minute per file before it gives up."""
+    """Return True if the server answers one quick try: the hub's own client retries for most of a minute per file."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT_S).close()
     except urllib.error.HTTPError:
@@ -68,9 +68,9 @@ def _reachable(url: str) -> bool:
 
 
 def _cached(name: str, repository: str, filenames: tuple[str, ...]) -> str | None:
-    """The path of the first of the hub's files that is on this machine; None if it has to be, and can be, downloaded.
+    """Return the path of the first of the hub's files that is on this machine; None if it can be downloaded.
 
-    Else a ConfigError that says what to fetch. A file on this machine is used as it is: asking the hub whether there is
+    Raises a ConfigError that says what to fetch otherwise. A file on this machine is used as it is: asking the hub for
     a newer one would take half a minute without a network, and could change a recipe's weights behind its back.
     """
     from huggingface_hub import constants, try_to_load_from_cache
@@ -110,7 +110,7 @@ def describe_timm(name: str) -> Backbone:
 
 
 def _trained_with_quick_gelu(architecture: str, config: Any) -> bool:
-    """Whether a file of weights was trained with QuickGELU, which its timm name does not say.
+    """Return True if a file of weights was trained with QuickGELU, which its timm name does not say.
 
     timm builds `vit_base_patch16_clip_224.openai` with the exact GELU, although OpenAI trained it with QuickGELU, and
     offers the same file again as `vit_base_patch16_clip_quickgelu_224.openai` with the activation it was trained with.
@@ -128,7 +128,7 @@ def _trained_with_quick_gelu(architecture: str, config: Any) -> bool:
 
 
 def _timm_shape(name: str, model: Any, quick_gelu: bool) -> VitShape:
-    """The shape of a timm model, or a ConfigError that names the first thing our plain ViT lacks."""
+    """Return the shape of a timm model, or raise a ConfigError that names the first thing our plain ViT lacks."""
     from timm.layers import Mlp, PatchEmbed
     from timm.layers.activations import QuickGELU
     from timm.models import vision_transformer as timm_vit
@@ -236,7 +236,7 @@ def describe_open_clip(name: str) -> Backbone:
 
 
 def _open_clip_shape(name: str, vision_config: Mapping[str, Any], quick_gelu: bool) -> VitShape:
-    """The shape of an open_clip image tower, or a ConfigError that names the first setting our plain ViT lacks."""
+    """Return the shape of an open_clip image tower, or raise a ConfigError that names what our plain ViT lacks."""
     from open_clip import CLIPVisionCfg
 
     config = CLIPVisionCfg(**vision_config)

@@ -1,4 +1,4 @@
-"""Backbones: from a name to a plain `ViT` with the right weights, activation and normalisation constants.
+"""Backbones: the way from a name to a plain `ViT` with its weights and normalisation constants.
 
     timm/<model>[.<tag>]            any plain timm ViT with a CLS token, CLIP's image towers included
     open_clip/<model>/<tag>         CLIP image towers
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stadapter.backbone.hubs import Backbone, describe_open_clip, describe_timm, download_open_clip, download_timm
-from stadapter.backbone.state_dicts import read_state
+from stadapter.backbone.state_dicts import check_fit, read_state
 from stadapter.backbone.vit import EMBEDDED_SHAPE, ViT, seed_weights
 from stadapter.config import BackboneConfig, ConfigError
 
@@ -28,7 +27,10 @@ EMBEDDED_WEIGHTS = Path(__file__).parent / "embedded_vit.safetensors"
 
 
 def describe_backbone(config: BackboneConfig) -> Backbone:
-    """The backbone at its own image size, without weights. ConfigError: unknown, or not a plain ViT with CLS."""
+    """Return the backbone at its own image size, without weights.
+
+    Raises ConfigError if it is unknown, or not a plain ViT with CLS.
+    """
     library, _, name = config.name.partition("/")
     if config.name == "embedded":
         return Backbone(EMBEDDED_SHAPE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -49,10 +51,11 @@ def load_backbone(
     weights_file: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[ViT, Backbone]:
-    """The backbone for images of `image_size`, float32, with its weights; on device "meta" without them.
+    """Return the backbone for images of `image_size`, float32, with its weights; on device "meta" without them.
 
     Weights are random for `config.weights == "seed:<n>"`, else from `weights_file`, else from the library's hub (its
-    cache first). ConfigError if there are none, if the file's SHA-256 is not the recipe's, or if it does not fit.
+    cache first). Raises ConfigError if there are none, if the file's SHA-256 is not the recipe's, or if they do not
+    fit.
     """
     backbone = describe_backbone(config)
     if image_size < 1 or image_size % backbone.shape.patch_size:
@@ -72,12 +75,13 @@ def load_backbone(
     else:
         source, state = _find_weights(config, weights_file)
         state["pos_embed"] = resample_positions(state["pos_embed"], backbone.shape.grid)
-        _load(vit, state, source)
+        check_fit(state, vit.state_dict(), source, "is it of another architecture?")
+        vit.load_state_dict(state)
     return vit.to(device), backbone
 
 
 def resample_positions(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings [1 + n * n, D] -> [1 + grid * grid, D], float32; CLS keeps its own.
+    """Return position embeddings [1 + grid * grid, D], float32, of [1 + n * n, D]; CLS keeps its own.
 
     Bicubic without antialiasing, which is how the published models that change resolution do it (DeiT, DINOv2). timm
     antialiases when it shrinks the grid, which moves DINOv2's features by about 4 %.
@@ -98,7 +102,7 @@ def _seed(weights: str) -> int:
 
 
 def _find_weights(config: BackboneConfig, weights_file: Path | None) -> tuple[str, dict[str, Tensor]]:
-    """Where the weights come from, for messages, and the weights under our names."""
+    """Return the source of the weights, for messages, and the weights under our names."""
     if weights_file is not None:
         if config.weights:
             _check_digest(weights_file, config.weights)
@@ -122,22 +126,3 @@ def _check_digest(file: Path, expected: str) -> None:
         raise ConfigError(f"--weights {file}: cannot be read ({error.strerror})") from None
     if digest != expected:
         raise ConfigError(f"--weights {file}: its SHA-256 is {digest}, but the recipe was made with {expected}")
-
-
-def _load(vit: ViT, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `vit`, every tensor, or one line about the first that does not fit."""
-    expected = vit.state_dict()
-    for problem, names in (
-        ("lacks", expected.keys() - state.keys()),
-        ("has an unknown", state.keys() - expected.keys()),
-    ):
-        if names:
-            raise ConfigError(
-                f"{source}: the file {problem} tensor {min(names)} ({len(names)} in all): another architecture?"
-            )
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise ConfigError(
-                f"{source}: {name} is {list(tensor.shape)}, not {list(expected[name].shape)}: another architecture?"
-            )
-    vit.load_state_dict(dict(state))

@@ -1,7 +1,7 @@
-"""Operations with backward passes of their own, which keep less or compute less than PyTorch's would.
+"""Custom autograd functions, which keep less or compute less than PyTorch's own backward pass would.
 
-Each equals a plain expression in value and gradients, to rounding. The plain one stands where these are called
-(`adapter.py`, `vit.py`): it serves inference, compilation and export, and the tests hold both together.
+Each equals a plain expression in value and gradients, to rounding. The plain twin stands beside each call, in
+`model/adapter.py` and `backbone/vit.py`: it serves inference, compilation and export, and tests compare the two.
 
 Shapes: M = B * T images, S = 1 + N tokens per image (CLS first), D width, C bottleneck width.
 """
@@ -9,7 +9,7 @@ Shapes: M = B * T images, S = 1 + N tokens per image (CLS first), D width, C bot
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from torch.autograd.function import once_differentiable
 
 QUICK_GELU = 1.702
 
-# (bottleneck [M, N, C], weight, bias) -> [M, N, C]: the convolution, and what stands between it and the way up.
+# (bottleneck [M, N, C], weight, bias) -> [M, N, C]: the convolution and the activation.
 Middle = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def wanted(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass may come, and the code runs as it stands: compilers plan a graph's memory themselves."""
+    """Return True if a backward pass may follow and nothing is being compiled: compilers plan memory themselves."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -33,10 +33,10 @@ def wanted(*tensors: Tensor | None) -> bool:
 
 
 class Adapt(torch.autograd.Function):
-    """onto + up(middle(down(x))) for the patches; CLS is onto's. `onto_MSD` None means x itself.
+    """An adapter's branch: onto + up(middle(down(x))) for the patches, onto's CLS. `onto_MSD` None means x itself.
 
     Plain autograd keeps x, the bottleneck and what `up` reads. This keeps x and the bottleneck, and computes the middle
-    again: two per cent of an adapter's time for a temporal kernel, too much for one with spatial extent.
+    again: 2 % of an adapter's time for a temporal kernel, too much for one with spatial extent.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class Adapt(torch.autograd.Function):
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to in this place; None where it is off, or the device (meta) knows none."""
+    """Return the type that autocast casts to here; None if it is off, or if the device (meta) has none."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -109,13 +109,15 @@ def _sum_tokens(a_MNa: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _outer(a_MSa: Tensor, b_MSb: Tensor) -> Tensor:
-    """The sum over all tokens of a's outer product with b."""
+    """Return the sum of a's outer product with b over all tokens, [a, b]."""
     return a_MSa.flatten(0, 1).T @ b_MSb.flatten(0, 1)
 
 
 class QuickGELU(torch.autograd.Function):
-    """x * sigmoid(1.702 x). Plain autograd keeps two tensors of x's size; this keeps one, and rescales none on the way
-    back: as silu(t) / 1.702 with t = 1.702 x, its derivative is silu's at t."""
+    """x * sigmoid(1.702 x), computed as silu(t) / 1.702 with t = 1.702 x, whose derivative is silu's at t.
+
+    Plain autograd keeps two tensors of x's size; this keeps one, and rescales none in the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -131,8 +133,10 @@ class QuickGELU(torch.autograd.Function):
 
 
 class Split(torch.autograd.Function):
-    """Queries, keys and values, [M, heads, S, d] each, of [M, S, 3 D]: `view`, `permute` and `unbind`, whose backward
-    pass copies the three gradients twice, together and then into place."""
+    """Queries, keys and values, [M, heads, S, d] each, of [M, S, 3 D].
+
+    The plain way, `view`, `permute` and `unbind`, copies the three gradients twice: together, then into place.
+    """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -147,40 +151,3 @@ class Split(torch.autograd.Function):
         for number, g in enumerate(gradients):
             out[:, :, number] = g.transpose(1, 2)
         return out.view(M, S, -1), None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`F.scaled_dot_product_attention`, its small matrix products left to PyTorch's default library on a CPU, forwards
-    and backwards: oneDNN, which may be chosen for the large ones (`machine.set_fast_float32`), takes several times as
-    long over them."""
-    if torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v)
-    if wanted(q, k, v):
-        return _Attention.apply(q, k, v)
-    with _default_products():
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with _default_products(), torch.enable_grad():
-            ctx.inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-            ctx.result = F.scaled_dot_product_attention(*ctx.inputs)
-        return ctx.result.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
-        with _default_products():
-            return torch.autograd.grad(ctx.result, ctx.inputs, g, retain_graph=True)
-
-
-@contextlib.contextmanager
-def _default_products() -> Iterator[None]:
-    chosen = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(chosen)

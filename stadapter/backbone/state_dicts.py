@@ -47,7 +47,7 @@ _TIMM_BLOCK = {
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A timm ViT's state under our names; its classifier is dropped."""
+    """Return a timm ViT's state under our names, without its classifier."""
     ours = _rename(state, "blocks", "blocks", _invert(_TIMM), _invert(_TIMM_BLOCK))
     ours = {name: tensor for name, tensor in ours.items() if not name.startswith("head.")}
     if "cls_token" in ours:
@@ -61,7 +61,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower of an open_clip or OpenAI CLIP state, whole or by itself, under our names.
+    """Return the image tower of an open_clip or OpenAI CLIP state, whole or by itself, under our names.
 
     The projection into the space shared with text is dropped: the paper's classifier reads the tokens before it.
     """
@@ -72,15 +72,15 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_open_clip`, as an image tower by itself."""
+    """Return a state of ours under the names of an open_clip image tower by itself."""
     return _rename(state, "blocks", "transformer.resblocks", _OPEN_CLIP, _OPEN_CLIP_BLOCK)
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """A ViT's weights from a file, under our names, whichever of the three layouts the file has (told by its names).
+    """Return a ViT's weights from a file, under our names; the names in the file tell which of three layouts it has.
 
     Reads safetensors, what `torch.save` wrote, and the TorchScript archives that OpenAI published CLIP as.
-    A ConfigError if the file cannot be read, is of another kind, or has another layout.
+    Raises ConfigError if the file cannot be read, is of another kind, or has another layout.
     """
     state = read_tensors(file)
     names = "\n".join(state)
@@ -101,7 +101,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of one of these kinds, under the names they have there. ConfigError as for `read_state`."""
+    """Return the tensors of such a file under the names they have there. Raises ConfigError as `read_state` does."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -118,8 +118,28 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return _strip("module.", {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)})
 
 
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, hint: str) -> None:
+    """Raise ConfigError unless the state has exactly the names and shapes of the tensors that a model expects."""
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        raise ConfigError(
+            f"{source}: lacks {some_of(missing)}, and has {some_of(unknown)} that the model does not take; {hint}"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{source}: {name} is {list(state[name].shape)}, but the model's is {list(tensor.shape)}; {hint}"
+            )
+
+
+def some_of(names: list[str]) -> str:
+    """Return up to three names, and how many more there are."""
+    shown = ", ".join(names[:3]) or "nothing"
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
 def _unpickle(file: Path) -> Any:
-    """Tensors only: a pickle that wants to run code is refused."""
+    """Return what a pickle holds, tensors only: one that wants to run code is refused."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
@@ -158,7 +178,7 @@ def _rename(
 
 
 def _translate(name: str, names: Mapping[str, str]) -> str:
-    """By the entry that equals the name, or the name without its `.weight` or `.bias`."""
+    """Return the name by the entry that equals it, or that equals it without its `.weight` or `.bias`."""
     if name in names:
         return names[name]
     stem, _, kind = name.rpartition(".")

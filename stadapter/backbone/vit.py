@@ -21,7 +21,7 @@ from stadapter.backbone import ops
 
 @dataclass(frozen=True)
 class VitShape:
-    """The architecture, enough to build it without weights (on the meta device as well)."""
+    """The architecture of a ViT: enough to build it without weights, on the meta device as well."""
 
     image_size: int
     patch_size: int
@@ -44,6 +44,15 @@ class VitShape:
     def num_patches(self) -> int:
         return self.grid**2
 
+    def block_macs(self, tokens: int) -> int:
+        """Return the multiply-accumulates of one block for this many tokens that see each other."""
+        return 4 * tokens * self.width**2 + 2 * tokens**2 * self.width + 2 * tokens * self.width * self.mlp_width
+
+    def macs_per_image(self) -> int:
+        """Return the multiply-accumulates of the patch embedding and all blocks."""
+        embedding = self.num_patches * 3 * self.patch_size**2 * self.width
+        return embedding + self.depth * self.block_macs(1 + self.num_patches)
+
 
 def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "quick_gelu":
@@ -52,13 +61,11 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for [M, heads, tokens, d]."""
+    """Return softmax(q k^T / sqrt(d)) v, all of them [M, heads, tokens, d]."""
     # PyTorch's fused kernel is right on a GPU and for many tokens. On a CPU its backward pass is slow for few tokens
     # (2x at 26) and slower in bfloat16 (5x at 26 tokens, 3x at 197; one core, PyTorch 2.14).
     if q.device.type == "cpu" and (q.dtype != torch.float32 or k.shape[2] < 128):
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
-    if q.device.type == "cpu" and torch.get_float32_matmul_precision() != "highest":
-        return ops.attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -66,7 +73,7 @@ ALL_ROWS = slice(None)  # of the matrix that makes queries, keys and values
 
 
 class AttentionChange(Protocol):
-    """What a strategy adds to the matrices of one attention, beside the pretrained ones (LoRA)."""
+    """A change of one attention's pretrained matrices, as LoRA makes it."""
 
     def qkv(self, h_MSD: Tensor, rows: slice) -> Tensor:
         """Return what is added to these rows of the query-key-value matrix's output."""
@@ -76,7 +83,7 @@ class AttentionChange(Protocol):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, as its two residual branches."""
+    """A pre-norm transformer block, as its two residual branches."""
 
     def __init__(self, shape: VitShape) -> None:
         super().__init__()
@@ -92,7 +99,7 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.ones(width)) if shape.layer_scale else None
 
     def attend(self, x_MSD: Tensor, cls_only: bool = False, change: AttentionChange | None = None) -> Tensor:
-        """What self-attention adds to the tokens; with `cls_only`, to CLS alone: [M, 1, D]."""
+        """Return what self-attention adds to the tokens, [M, S, D]; with `cls_only`, to CLS alone, [M, 1, D]."""
         M, S, D = x_MSD.shape
         h = self.norm1(x_MSD)
         if cls_only and change is None:
@@ -113,10 +120,10 @@ class Block(nn.Module):
         return out if self.scale1 is None else out * self.scale1
 
     def _gather_for_cls(self, h_MSD: Tensor) -> Tensor:
-        """What CLS's attention gathers, [M, 1, D], without a key or a value for each token.
+        """Return what CLS's attention gathers, [M, 1, D], without a key or a value for each token.
 
-        Its scores are q . (W_k h + b_k): W_k turns the one query instead of all tokens, and b_k, which adds the same to
-        each score, drops out. Weights sum to 1, so W_v and b_v follow the weighted mean.
+        CLS's scores are q . (W_k h + b_k): W_k turns the one query instead of all tokens, and b_k, which adds the same
+        to each score, drops out. Weights sum to 1, so W_v and b_v follow the weighted mean.
         """
         M, _, D = h_MSD.shape
         query_HdD, key_HdD, value_HdD = self.qkv.weight.view(3, self.heads, -1, D).unbind(0)
@@ -135,13 +142,13 @@ class Block(nn.Module):
         return out if change is None else out + change.qkv(h, rows)
 
     def mlp(self, x_MSD: Tensor) -> Tensor:
-        """What the MLP adds to the tokens."""
+        """Return what the MLP adds to the tokens, [M, S, D]."""
         out = self.fc2(activate(self.fc1(self.norm2(x_MSD)), self.activation))
         return out if self.scale2 is None else out * self.scale2
 
 
 class ViT(nn.Module):
-    """Patch embedding, blocks and final norm; `forward` gives the tokens after the final norm."""
+    """A patch embedding, blocks and a final norm."""
 
     def __init__(self, shape: VitShape) -> None:
         super().__init__()
@@ -155,14 +162,14 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
 
     def embed(self, pixels_MCHW: Tensor) -> Tensor:
-        """Normalised pixels [M, 3, H, W] -> tokens [M, 1 + N, D], before the first block."""
+        """Return tokens [M, 1 + N, D], as the first block reads them, of normalised pixels [M, 3, H, W]."""
         patches = self.patch_embed(pixels_MCHW).flatten(2).transpose(1, 2)
         cls = self.cls_token.expand(len(patches), 1, -1)
         x_MSD = torch.cat([cls.to(patches.dtype), patches], dim=1) + self.pos_embed
         return x_MSD if self.norm_pre is None else self.norm_pre(x_MSD)
 
     def forward(self, pixels_MCHW: Tensor) -> Tensor:
-        """Normalised pixels [M, 3, H, W] -> tokens [M, 1 + N, D], after the final norm."""
+        """Return tokens [M, 1 + N, D] after the final norm, of normalised pixels [M, 3, H, W]."""
         x_MSD = self.embed(pixels_MCHW)
         for block in self.blocks:
             x_MSD = x_MSD + block.attend(x_MSD)
@@ -171,7 +178,10 @@ class ViT(nn.Module):
 
 
 def seed_weights(vit: ViT, seed: int) -> None:
-    """Random weights of a sensible scale, for tests, timings and pretraining: truncated normals, zero biases."""
+    """Fill a ViT with random weights of a sensible scale: truncated normals, zero biases.
+
+    Tests, timings and the pretraining of the embedded backbone start from these.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():

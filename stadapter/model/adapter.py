@@ -1,4 +1,4 @@
-"""ST-Adapter, the module of the paper (Pan et al., arXiv 2206.13559, equation 5), in PyTorch alone.
+"""ST-Adapter, the module of the paper (Pan et al., arXiv 2206.13559, equation 5).
 
     ST-Adapter(X) = X + f(DWConv3D(X W_down)) W_up
 
@@ -12,23 +12,26 @@ Shapes: M = B * T images (B clips of T frames, the frames of a clip one after an
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stadapter.backbone import ops
+from stadapter.config import AdapterConfig
 
 
 class STAdapter(nn.Module):
-    """`kernel_size` is (t, h, w), odd. `activation` is f: "none", as the authors' released weights have it, or "gelu".
+    """A bottleneck with a depthwise convolution over frames, rows and columns, beside the identity.
 
-    A fresh adapter is exactly the identity: the convolution starts at zero, and so do all biases. The two linear maps
-    start at random, or no gradient would ever reach the convolution. Without `zero_init_conv` the convolution starts
-    as PyTorch leaves it, weight and bias, and a fresh adapter disturbs the backbone.
-
-    With `adapt_cls`, CLS goes through the bottleneck as well. It has no place in the grid, so the convolution sees it
-    as a token without neighbours: its centre tap and its bias apply, and CLS sees neither patches nor other frames.
+    - `kernel_size` is (t, h, w), odd.
+    - `activation` is f: "none", as the authors' released weights have it, or "gelu".
+    - `adapt_cls` sends CLS through the bottleneck too. CLS has no place in the grid, so the convolution treats it as a
+      token without neighbours: only its centre tap and its bias apply.
+    - `zero_init_conv` makes a fresh adapter exactly the identity: the convolution and all biases start at zero. The two
+      linear maps start at random, or no gradient would ever reach the convolution. Without it the convolution starts
+      as PyTorch leaves it, weight and bias, and a fresh adapter disturbs the backbone.
     """
 
     def __init__(
@@ -57,13 +60,31 @@ class STAdapter(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
+    @classmethod
+    def from_config(cls, width: int, adapter: AdapterConfig) -> STAdapter:
+        """Return the adapter that a recipe's fields describe, for tokens of this width."""
+        return cls(
+            width,
+            adapter.bottleneck_width,
+            adapter.kernel_size,
+            adapter.activation,
+            adapt_cls=adapter.adapt_cls,
+            zero_init_conv=adapter.zero_init_conv,
+        )
+
+    def macs_per_frame(self, num_patches: int) -> int:
+        """Return the multiply-accumulates for one frame: two matrices and the convolution, per adapted token."""
+        D, C = self.down.in_features, self.down.out_features
+        cls = 2 * D * C + C if self.adapts_cls else 0
+        return num_patches * (2 * D * C + C * math.prod(self.conv.kernel_size)) + cls
+
     def forward(
         self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None, *, grid: tuple[int, int] | None = None
     ) -> Tensor:
-        """Tokens [M, 1 + N, D] -> tokens of the same shape; M must be a multiple of `num_frames`.
+        """Return the adapted tokens, of the same shape as `x_MSD`: [M, 1 + N, D], or CLS alone with `adapt_cls`.
 
-        What the bottleneck makes of `x_MSD` is added to `onto_MSD`, or to `x_MSD` itself where none is given. With
-        `adapt_cls`, CLS alone may come: [M, 1, D]. `grid` is (rows, columns) of patches, a square where none is given.
+        The branch reads `x_MSD` and is added to `onto_MSD`, by default `x_MSD`. M must be a multiple of `num_frames`.
+        `grid` is (rows, columns) of patches, by default a square.
         """
         temporal = not self.adapts_cls and self.conv.kernel_size[1:] == (1, 1) and x_MSD.shape[1] > 1
         if temporal and ops.wanted(x_MSD, onto_MSD, *self.parameters()):
@@ -89,7 +110,7 @@ class STAdapter(nn.Module):
         return F.gelu(z) if self.activation == "gelu" else z
 
     def _alone(self, z_M1C: Tensor) -> Tensor:
-        """What the zero-padded convolution makes of a token without neighbours."""
+        """Return the zero-padded convolution of a token without neighbours, [M, 1, C]."""
         kT, kH, kW = self.conv.weight.shape[2:]
         centre_C = self.conv.weight[:, 0, kT // 2, kH // 2, kW // 2]
         assert self.conv.bias is not None
@@ -99,10 +120,11 @@ class STAdapter(nn.Module):
 def depthwise(
     z_MNC: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int, grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """Depthwise convolution over (frame, row, column), zero-padded: [M, N, C] -> [M, N, C], weight [C, 1, kT, kH, kW].
+    """Return the zero-padded depthwise convolution over (frame, row, column): [M, N, C] of [M, N, C].
 
-    What `F.conv3d` gives, by 2-D convolutions that read the tokens where they lie (channels last): 6 to 18 times
-    faster for a temporal kernel and 1.4 to 2.5 times for 3x3x3, forward and backward on a CPU.
+    `weight` is [C, 1, kT, kH, kW]. The result is that of `F.conv3d`, by 2-D convolutions that read the tokens where
+    they lie (channels last): forward and backward on a CPU 6 to 18 times faster for a temporal kernel, and 1.4 to 2.5
+    times for 3x3x3.
     """
     if z_MNC.device.type != "cpu":
         return _depthwise(z_MNC, weight, bias, num_frames, grid)

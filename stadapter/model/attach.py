@@ -1,4 +1,4 @@
-"""ST-Adapters in somebody else's vision transformer, in place: for a training loop that is not ours.
+"""ST-Adapters added in place to a vision transformer of another library, for any training loop.
 
     vit = timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True, num_classes=0)
     add_st_adapters(vit, num_frames=8)
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from stadapter.config import AdapterConfig, ConfigError, Placement
 from stadapter.model.adapter import STAdapter
-from stadapter.model.placement import PLACES, blocks_with_adapter, make_adapter
+from stadapter.model.placement import PLACES, blocks_with_adapter
 from stadapter.model.state import load_trainable_state, trainable_state
 
 V = TypeVar("V", bound=nn.Module)
@@ -69,7 +69,7 @@ def add_st_adapters(
         if here:
             like = next(block.parameters())
             width = next(module for module in block.modules() if isinstance(module, nn.LayerNorm)).normalized_shape[0]
-            made = nn.ModuleDict({place: make_adapter(adapter, width, plain=False) for place in here})
+            made = nn.ModuleDict({place: STAdapter.from_config(width, adapter) for place in here})
             block.add_module(_ADAPTERS, made.to(like.device, torch.promote_types(like.dtype, torch.float32)))
             setattr(block, _TOKENS, tokens)
             block.__class__ = _adapted_class(type(block))
@@ -90,7 +90,7 @@ def remove_st_adapters(vit: V) -> V:
 
 
 def set_num_frames(vit: nn.Module, num_frames: int) -> None:
-    """From the next call on, the images are clips of this many frames."""
+    """Take the images as clips of this many frames, from the next call on."""
     blocks = list(_adapted_blocks(vit))
     if not blocks:
         raise ConfigError(f"{type(vit).__name__}: has no ST-Adapters; add_st_adapters puts them in")
@@ -100,7 +100,10 @@ def set_num_frames(vit: nn.Module, num_frames: int) -> None:
 
 @contextlib.contextmanager
 def clips_of(vit: nn.Module, num_frames: int) -> Iterator[None]:
-    """Inside, the images are clips of this many frames. With activation checkpointing, `backward` belongs inside."""
+    """Take the images as clips of this many frames inside the block.
+
+    With activation checkpointing, `backward` belongs inside.
+    """
     before = next((getattr(block, _TOKENS).num_frames for block in _adapted_blocks(vit)), num_frames)
     set_num_frames(vit, num_frames)
     try:
@@ -110,12 +113,12 @@ def clips_of(vit: nn.Module, num_frames: int) -> Iterator[None]:
 
 
 def adapter_state(vit: nn.Module) -> dict[str, Tensor]:
-    """What is trained, by name: the adapters, and whatever else was unfrozen. Detached, not copied."""
+    """Return what is trained, by name, detached and not copied: the adapters, and all else that was unfrozen."""
     return trainable_state(vit)
 
 
 def load_adapter_state(vit: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The inverse of `adapter_state`, in place. ConfigError unless names and shapes are exactly those trained here."""
+    """Copy an `adapter_state` into the model. Raises ConfigError unless names and shapes are exactly those trained."""
     load_trainable_state(vit, state)
 
 
@@ -124,7 +127,7 @@ def load_adapter_state(vit: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What a block's tokens are."""
+    """The layout of a block's tokens."""
 
     num_prefix: int  # P
     grid: tuple[int, int]  # (rows, columns) of patches
@@ -133,7 +136,7 @@ class _Tokens:
 
 
 class _Adapted:
-    """What is derived from this and from a block's class is that block with adapters."""
+    """A mixin: a class derived from this and from a block's class is that block with adapters."""
 
     plain_class: type[nn.Module]
     st_adapters: nn.ModuleDict
@@ -151,7 +154,7 @@ class _Adapted:
         return self._adapt("parallel", input_x, onto=x)
 
     def _adapt(self, place: str, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """What the adapter at this place makes of `x`, added to `onto` or to `x`; without one, that itself."""
+        """Return `onto`, by default `x`, with the branch of the adapter at this place added, if there is one."""
         onto = x if onto is None else onto
         if place not in self.st_adapters:
             return onto
@@ -241,7 +244,7 @@ def _plain_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _branches(block_class: type[nn.Module], block: nn.Module | None = None) -> tuple[_Branch, _Branch]:
-    """What attention and MLP add to the tokens in blocks of this class; ConfigError for one that is not known."""
+    """Return the attention and MLP branches of blocks of this class. Raises ConfigError for an unknown one."""
     known: dict[tuple[str, str], tuple[_Branch, _Branch]] = {
         ("timm.models.vision_transformer", "Block"): (_timm_attend, _timm_mlp),
         ("open_clip.transformer", "ResidualAttentionBlock"): (_open_clip_attend, _open_clip_mlp),
@@ -263,7 +266,7 @@ def _branches(block_class: type[nn.Module], block: nn.Module | None = None) -> t
 
 
 def _blocks(vit: Any) -> Any:
-    """The transformer's blocks, in their order."""
+    """Return the transformer's blocks, in their order."""
     if hasattr(vit, "blocks"):
         return vit.blocks
     return vit.transformer.resblocks if hasattr(vit, "transformer") else vit.encoder.layers

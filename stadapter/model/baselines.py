@@ -1,9 +1,12 @@
-"""What the strategies that ST-Adapter is compared with (paper, Table 1) add to a frozen image transformer.
+"""The modules of the baselines: the strategies that ST-Adapter is compared with (paper, Table 1).
 
 Each starts as an exact zero beside the frozen model, prompts excepted: the first step of a comparison is the same for
-all. Frame embeddings start at random all the same, behind a map that starts at zero: from zero, a model does not see
+all. Frame embeddings start at random nevertheless, behind a map that starts at zero: from zero, a model does not see
 the order of frames and has next to no gradient towards seeing it (direction accuracy stayed at exactly 50 %).
 Where the paper leaves a choice open, the class says which was made and why.
+
+`stadapter.strategies` names these classes, and says what `part`, `build` and the counts of multiply-accumulates mean.
+`seeded(block)` opens the random stream of a block, `seeded()` that of the whole strategy.
 
 Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), L = T * S tokens of a clip, D width.
 """
@@ -11,18 +14,23 @@ Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), L = T
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stadapter.backbone.vit import ALL_ROWS, Block, ViT, VitShape, attention
+from stadapter.config import AdapterConfig, BaselineConfig
+
+Seeded = Callable[..., AbstractContextManager[None]]
 
 
 class LowRank(nn.Module):
-    """B A, added to what a frozen linear map gives. B starts at zero, so a fresh one changes nothing.
+    """B A, added to the output of a frozen linear map. B starts at zero, so a fresh one changes nothing.
 
-    Without LoRA's factor alpha / r (it is 1): what it tunes, the learning rate tunes as well.
+    LoRA's factor alpha / r is left out (it is 1): the learning rate tunes the same.
     """
 
     def __init__(self, width_in: int, width_out: int, rank: int) -> None:
@@ -32,17 +40,57 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor, rows: slice = ALL_ROWS) -> Tensor:
-        """`rows`: the part of the outputs that is wanted."""
+        """Return these rows of the output, [M, S, rows]."""
         return F.linear(self.down(h), self.up.weight[rows])
 
 
-class LoRA(nn.Module):
-    """For one block's attention: its query-key-value matrix as one map, and its output matrix."""
+class AttentionLoRA(nn.Module):
+    """The low-rank changes of one block's attention: its query-key-value matrix as one map, and its output matrix."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
         self.qkv = LowRank(width, 3 * width, rank)
         self.proj = LowRank(width, width, rank)
+
+
+class LoRA(nn.ModuleList):
+    """An `AttentionLoRA` for every block."""
+
+    part = "lora"
+
+    @classmethod
+    def build(cls, vit: ViT, sizes: BaselineConfig, num_frames: int, seeded: Seeded) -> LoRA:
+        made = cls()
+        for block in range(vit.shape.depth):
+            with seeded(block):
+                made.append(AttentionLoRA(vit.shape.width, sizes.lora_rank))
+        return made
+
+    def macs_per_view(self, shape: VitShape, num_frames: int) -> int:
+        tokens = num_frames * (1 + shape.num_patches)
+        return tokens * sum(parameter.numel() for parameter in self.parameters())
+
+
+class Prompts(nn.ParameterList):
+    """Prompts [P, D] for every block, which its attention alone sees; all frames share them.
+
+    They start uniform, as in deep visual prompt tuning (VPT, arXiv 2203.12119).
+    """
+
+    part = "prompts"
+
+    @classmethod
+    def build(cls, vit: ViT, sizes: BaselineConfig, num_frames: int, seeded: Seeded) -> Prompts:
+        made, shape = cls(), vit.shape
+        bound = (6 / (3 * shape.patch_size**2 + shape.width)) ** 0.5
+        for block in range(shape.depth):
+            with seeded(block):
+                made.append(nn.Parameter(torch.empty(sizes.prompts, shape.width).uniform_(-bound, bound)))
+        return made
+
+    def macs_per_view(self, shape: VitShape, num_frames: int) -> int:
+        tokens, prompts = 1 + shape.num_patches, len(self[0])
+        return num_frames * shape.depth * (shape.block_macs(tokens + prompts) - shape.block_macs(tokens))
 
 
 FRAME_STD = 0.5  # of frame embeddings, beside tokens of about unit scale
@@ -64,17 +112,35 @@ class PlainAdapter(nn.Module):
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
 
+    @classmethod
+    def from_config(cls, width: int, adapter: AdapterConfig) -> PlainAdapter:
+        return cls(width, adapter.bottleneck_width)
+
+    def macs_per_frame(self, num_patches: int) -> int:
+        return (1 + num_patches) * (self.down.weight.numel() + self.up.weight.numel())
+
     def forward(self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None) -> Tensor:
-        """As `STAdapter.forward`; `num_frames` does not matter."""
+        """Return the adapted tokens, as `STAdapter.forward` does; `num_frames` does not matter."""
         return (x_MSD if onto_MSD is None else onto_MSD) + self.up(F.gelu(self.down(x_MSD)))
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to every token of the clip; what it finds is added to the mean of the frames' CLS.
+    """A learned query that attends to every token of the clip; its answer is added to the mean of the frames' CLS.
 
-    As in CoCa's pooler (arXiv 2205.01917), with two choices: the sum, so that it starts as the linear probe, and a
+    This is CoCa's pooler (arXiv 2205.01917) with two choices: the sum, so that it starts as the linear probe, and a
     learned embedding per frame, without which no pooling could tell a clip from its reversal.
     """
+
+    part = "pool"
+
+    @classmethod
+    def build(cls, vit: ViT, sizes: BaselineConfig, num_frames: int, seeded: Seeded) -> AttentionPool:
+        with seeded():
+            return cls(vit.shape, num_frames)
+
+    def macs_per_view(self, shape: VitShape, num_frames: int) -> int:
+        D = shape.width
+        return num_frames * (1 + shape.num_patches) * (2 * D * D + 2 * D) + D * D
 
     def __init__(self, shape: VitShape, num_frames: int) -> None:
         super().__init__()
@@ -89,7 +155,7 @@ class AttentionPool(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x_BTSD: Tensor) -> Tensor:
-        """Normalised tokens of whole clips -> [B, D]."""
+        """Return [B, D] of the normalised tokens of whole clips."""
         B, _, _, D = x_BTSD.shape
         x_BLD = (x_BTSD + self.frame[:, None]).flatten(1, 2)
         k, v = self.kv(x_BLD).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -101,8 +167,19 @@ class TemporalTransformer(nn.Module):
     """Transformer blocks over a clip's CLS tokens, one per frame, with a learned embedding per frame.
 
     The paper names temporal fine-tuning and not its size: one block, whose parameters in a ViT-B are those of twelve
-    ST-Adapters. Its two branches start at zero, and the embedding, which only they read, leaves the sum behind them.
+    ST-Adapters. A block's two branches start at zero. The frame embedding is added before the blocks and subtracted
+    after them, so only the blocks see it.
     """
+
+    part = "temporal"
+
+    @classmethod
+    def build(cls, vit: ViT, sizes: BaselineConfig, num_frames: int, seeded: Seeded) -> TemporalTransformer:
+        with seeded():
+            return cls(vit.shape, num_frames, sizes.temporal_blocks)
+
+    def macs_per_view(self, shape: VitShape, num_frames: int) -> int:
+        return len(self.blocks) * shape.block_macs(num_frames)
 
     def __init__(self, shape: VitShape, num_frames: int, depth: int) -> None:
         super().__init__()
@@ -133,7 +210,7 @@ class TimeAttention(nn.Module):
         self.qkv = nn.Linear(D, 3 * D, bias=block.qkv.bias is not None)
         self.proj = nn.Linear(D, D)
         self.out = nn.Linear(D, D)
-        # As TimeSformer: the branch copies what the image model knows about attention, and its last map starts at
+        # As in TimeSformer, the branch copies what the image model knows about attention, and its last map starts at
         # zero. (Theirs does from the second block on; ours in all, so that the model starts as the image model.)
         for mine, pretrained in ((self.norm, block.norm1), (self.qkv, block.qkv), (self.proj, block.proj)):
             mine.load_state_dict(pretrained.state_dict())
@@ -141,7 +218,7 @@ class TimeAttention(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x_MSD: Tensor, frame_TD: Tensor) -> Tensor:
-        """Tokens and frame embeddings -> tokens; CLS passes untouched."""
+        """Return the tokens [M, S, D] with the branch added to the patches; CLS passes untouched."""
         M, S, D = x_MSD.shape
         B, T, N = M // len(frame_TD), len(frame_TD), S - 1
         h_BNTD = self.norm(x_MSD[:, 1:]).view(B, T, N, D).transpose(1, 2) + frame_TD
@@ -151,11 +228,23 @@ class TimeAttention(nn.Module):
 
 
 class DividedAttention(nn.Module):
-    """What divided space-time attention (TimeSformer, arXiv 2102.05095) adds to a ViT: the paper's fully fine-tuned
-    model, told by its size. With it a ViT-B/16 for 400 classes and 8 frames has 121.57 M parameters, the number
-    reported. Two choices: every frame keeps a CLS of its own, which the head's mean needs, and the frame embedding is
-    read by attention over time alone, where it can start at random without disturbing the image model.
+    """Attention over time in every block: divided space-time attention (TimeSformer, arXiv 2102.05095).
+
+    Its size identifies it as the paper's fully fine-tuned model: with it, a ViT-B/16 for 400 classes and 8 frames has
+    121.57 M parameters, the number reported. Two choices: every frame keeps its CLS, which the head's mean needs, and
+    only attention over time reads the frame embedding, which can thus start at random without disturbing the rest.
     """
+
+    part = "time"
+
+    @classmethod
+    def build(cls, vit: ViT, sizes: BaselineConfig, num_frames: int, seeded: Seeded) -> DividedAttention:
+        with seeded():
+            return cls(vit, num_frames)
+
+    def macs_per_view(self, shape: VitShape, num_frames: int) -> int:
+        D = shape.width
+        return num_frames * shape.depth * shape.num_patches * (5 * D * D + 2 * num_frames * D)
 
     def __init__(self, vit: ViT, num_frames: int) -> None:
         super().__init__()
@@ -163,14 +252,5 @@ class DividedAttention(nn.Module):
         self.blocks = nn.ModuleList(TimeAttention(block) for block in vit.blocks)
 
     def forward(self, x_MSD: Tensor, block: int) -> Tensor:
-        """The tokens that go into this block's own attention; CLS passes untouched."""
+        """Return the tokens [M, S, D] that the block's own attention reads; CLS passes untouched."""
         return self.blocks[block](x_MSD, self.frame)
-
-
-def make_prompts(shape: VitShape, count: int) -> nn.Parameter:
-    """Prompts [P, D] of one block: uniform, as deep visual prompt tuning starts them (VPT, arXiv 2203.12119).
-
-    Each block gets prompts of its own, and drops those of the block below; all frames share them.
-    """
-    bound = (6 / (3 * shape.patch_size**2 + shape.width)) ** 0.5
-    return nn.Parameter(torch.empty(count, shape.width).uniform_(-bound, bound))

@@ -1,6 +1,6 @@
-"""What a recipe costs: parameters and multiply-accumulates, counted on meta tensors, without weights.
+"""The cost of a recipe: parameters and multiply-accumulates, counted on meta tensors, without weights.
 
-Papers print multiply-accumulates as "GFLOPs". Counted, per view (one clip of T frames, one crop):
+Papers print multiply-accumulates as "GFLOPs". Counted are, per view (one clip of T frames, one crop):
 
     patch embedding   N * 3 p^2 * D                 per frame; p the patch size
     block             S * 3 D^2 + S * D^2           its query-key-value and output matrices; S = 1 + N tokens
@@ -17,17 +17,15 @@ Papers print multiply-accumulates as "GFLOPs". Counted, per view (one clip of T 
     temporal block    as a block with T tokens      per clip
     attention pool    T S * (2 D^2 + 2 D) + D^2     per clip
 
-An adapter or a model of somebody's own (`stadapter.model.custom`) is counted by running it, as PyTorch counts its
-operators.
+A custom adapter or model (`stadapter.model.custom`) is counted by running it, as PyTorch counts its operators. The
+formulas stand beside the modules, as `macs_per_view` or `macs_per_frame`.
 
-Norms, biases, activations and softmax are not, as is usual. Counted is the model as papers describe it: whole, with
+Norms, biases, activations and softmax are not counted, as is usual. The model is counted as papers describe it, with
 the last block's patches and an adapter after its attention, although this implementation skips what CLS cannot see.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +34,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stadapter.backbone.vit import VitShape
-from stadapter.config import AdapterConfig, Recipe
-from stadapter.model.build import build_model
+from stadapter.config import Recipe
+from stadapter.model.build import meta_model
 from stadapter.model.classifier import VideoClassifier, dead_parameters
 from stadapter.model.state import trainable_parameters
 
@@ -60,12 +57,12 @@ class Cost:
 
     @property
     def tunable_params(self) -> int:
-        """As papers count: dead ones too (7.42 M for the authors' Kinetics-400 model)."""
+        """The count that papers give, dead ones included (7.42 M for the authors' Kinetics-400 model)."""
         return self.trainable_params + self.dead_params
 
 
 def cost_of(recipe: Recipe) -> Cost:
-    """ConfigError if the recipe's model cannot be built; no weights are read."""
+    """Return the cost of the recipe's model, reading no weights. Raises ConfigError if it cannot be built."""
     model = meta_model(recipe)
     return Cost(
         trainable_params=_count(trainable_parameters(model).values()),
@@ -77,62 +74,30 @@ def cost_of(recipe: Recipe) -> Cost:
     )
 
 
-def meta_model(recipe: Recipe) -> VideoClassifier:
-    """The recipe's model without weights, to count on. ConfigError if it cannot be built."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about dead adapters: whoever builds the model to use it is told
-        return build_model(recipe, device="meta")
-
-
 def macs_per_view(model: VideoClassifier, recipe: Recipe) -> int:
+    """Return the multiply-accumulates of one view; a custom model or adapter is counted by running it."""
+    data, shape = recipe.data, model.vit.shape
+    T = data.num_frames
     if recipe.own.model:
-        side = recipe.data.frame_size
-        return _executed_macs(model, torch.empty(1, recipe.data.num_frames, 3, side, side, device="meta"))
-    shape, T, rival = model.vit.shape, recipe.data.num_frames, recipe.rival
-    N, S, D = shape.num_patches, 1 + shape.num_patches, shape.width
-    per_frame = vit_macs(shape, prompts=rival.prompts if model.prompts else 0)
-    if recipe.own.adapter:
-        per_frame += (
-            sum(_executed_macs(adapter, torch.empty(T, S, D, device="meta"), T) for adapter in model.adapters()) // T
-        )
-    else:
-        per_frame += len(model.adapters()) * adapter_macs(N, D, recipe.adapter, plain=recipe.strategy == "adapter")
-    per_frame += len(model.lora) * S * 6 * D * rival.lora_rank
-    if model.time is not None:
-        per_frame += shape.depth * N * (5 * D * D + 2 * T * D)
-    per_clip = D * recipe.data.num_classes
-    if model.temporal is not None:
-        per_clip += rival.temporal_blocks * block_macs(T, D, shape.mlp_width)
-    if model.pool is not None:
-        per_clip += T * S * (2 * D * D + 2 * D) + D * D
-    return T * per_frame + per_clip
+        return _executed_macs(model, torch.empty(1, T, 3, data.frame_size, data.frame_size, device="meta"))
+    added = sum(part.macs_per_view(shape, T) for part in model.parts())
+    head = shape.width * data.num_classes
+    return T * shape.macs_per_image() + _macs_of_adapters(model, recipe) + added + head
+
+
+def _macs_of_adapters(model: VideoClassifier, recipe: Recipe) -> int:
+    T, shape, adapters = recipe.data.num_frames, model.vit.shape, model.adapters()
+    if not recipe.own.adapter:
+        return T * sum(adapter.macs_per_frame(shape.num_patches) for adapter in adapters)
+    tokens_TSD = torch.empty(T, 1 + shape.num_patches, shape.width, device="meta")
+    return T * (sum(_executed_macs(adapter, tokens_TSD, T) for adapter in adapters) // T)
 
 
 def _executed_macs(module: nn.Module, *inputs: Any) -> int:
-    """Of one call, as it is computed: what cannot be counted by formula because its code is not in the package."""
+    """Return the multiply-accumulates of one call, as it is computed: custom code has no formula."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     return counter.get_total_flops() // 2
-
-
-def vit_macs(shape: VitShape, prompts: int = 0) -> int:
-    """Of one image."""
-    N, D = shape.num_patches, shape.width
-    embedding = N * 3 * shape.patch_size**2 * D
-    return embedding + shape.depth * block_macs(1 + N + prompts, D, shape.mlp_width)
-
-
-def block_macs(tokens: int, width: int, mlp_width: int) -> int:
-    return 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp_width
-
-
-def adapter_macs(num_patches: int, width: int, adapter: AdapterConfig, *, plain: bool = False) -> int:
-    """Of one adapter, for one frame."""
-    matrices = 2 * width * adapter.bottleneck_width
-    if plain:
-        return (1 + num_patches) * matrices
-    cls = matrices + adapter.bottleneck_width if adapter.adapt_cls else 0
-    return num_patches * (matrices + adapter.bottleneck_width * math.prod(adapter.kernel_size)) + cls
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

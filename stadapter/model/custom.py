@@ -1,13 +1,13 @@
-"""Arms that are not in the package: an adapter, a placement or a strategy of your own, from one file of yours.
+"""Custom arms: an adapter, a placement or a strategy that is not in the package, from one file of yours.
 
     from stadapter.ablation import Arm, main
-    from stadapter.model.custom import own_adapter
+    from stadapter.model.custom import custom_adapter
 
     class MyAdapter(nn.Module):
         def __init__(self, width: int, adapter: AdapterConfig) -> None: ...
         def forward(self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None) -> Tensor: ...
 
-    main(__doc__, ..., make_arm=lambda recipe, value: Arm("mine", own_adapter(MyAdapter)))
+    main(__doc__, ..., make_arm=lambda recipe, value: Arm("mine", custom_adapter(MyAdapter)))
 
 The trial's identity holds the content of that file, not its place. The processes that train import the file by its
 place, so on a cluster it must lie where every node sees it. `docs/own_idea.md` leads through it.
@@ -26,28 +26,28 @@ from typing import Any
 from stadapter.config import ConfigError, CustomCode
 
 
-def own_adapter(adapter: type) -> dict[str, Any]:
-    """The fields of an arm whose adapters are of this class, a class at the top of its file.
+def custom_adapter(adapter: type) -> dict[str, Any]:
+    """Return the fields of an arm whose adapters are of this class, which stands at the top of its file.
 
-    It is built as `adapter(width, recipe.adapter)`, once per place and block, its random numbers seeded for that
-    place; and called as `STAdapter.forward` is, with tokens [M, 1 + N, D]. Only a class with `adapts_cls = True` may
-    change CLS.
+    An adapter is built as `adapter(width, recipe.adapter)`, once per place and block, its random numbers seeded for
+    that place, and called as `STAdapter.forward` is, with tokens [M, 1 + N, D]. Only a class with `adapts_cls = True`
+    may change CLS.
     """
     return _fields(adapter, "adapter")
 
 
-def own_model(build: Callable[..., Any]) -> dict[str, Any]:
-    """The fields of an arm whose model this function makes, a function at the top of its file.
+def custom_model(build: Callable[..., Any]) -> dict[str, Any]:
+    """Return the fields of an arm whose model this function makes, which stands at the top of its file.
 
-    It is called as `build(recipe, vit, mean, std)` with the backbone, its weights read, and its normalisation. It
-    returns a `stadapter.model.classifier.VideoClassifier`, or what is derived from one, with `requires_grad` set on
-    what is trained; `stadapter.model.build.classifier` makes the recipe's own to start from.
+    The function is called as `build(recipe, vit, mean, std)` with the backbone, its weights read, and its
+    normalisation. It returns a `stadapter.model.classifier.VideoClassifier`, or one of a derived class, with
+    `requires_grad` set on what is trained; `stadapter.model.build.classifier` makes the recipe's model to start from.
     """
     return _fields(build, "model")
 
 
 def load(own: CustomCode, name: str) -> Any:
-    """The class or function `name` of the file. ConfigError where the file is gone or is no longer what was hashed."""
+    """Return the class or function `name` of the file. Raises ConfigError if the file is gone or has changed."""
     module_name = f"stadapter_own_{own.sha256[:16]}"
     if module_name not in sys.modules:
         path = Path(own.file)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from stadapter.backbone.state_dicts import check_fit
 from stadapter.config import ConfigError, Recipe, flatten, identity, unflatten
 from stadapter.model.build import build_model
 from stadapter.model.classifier import VideoClassifier
@@ -33,7 +34,7 @@ from stadapter.trials import files
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself. Everything may be missing but what it was written with."""
+    """The facts that a file gives about itself; any of them may be missing."""
 
     recipe: Recipe | None = None
     backbone: str = ""  # its name
@@ -44,9 +45,9 @@ class Header:
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 over names and values of the parameters that are not trained, as float32; "" where all are.
+    """Return the SHA-256 over names and values of the frozen parameters, as float32; "" if all are trained.
 
-    Weights that were cast to half precision for speed give another one: take it before.
+    Take it before weights are cast to half precision for speed: it would be another one.
     """
     frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
     digest = hashlib.sha256()
@@ -70,7 +71,7 @@ def save(
     """Write what is trained in `model` (`requires_grad`), whole or not at all.
 
     Without a recipe, as for a ViT with added adapters, `load_into` reads it back, and `load` cannot. `frozen_sha256` is
-    worked out unless given. record.WriteError where the file cannot be written.
+    worked out unless given. Raises files.WriteError if the file cannot be written.
     """
     digest = frozen_digest(model) if frozen_sha256 is None else frozen_sha256
     header = Header(recipe, backbone, digest, data or {}, metrics or {}, class_names)
@@ -78,7 +79,7 @@ def save(
 
 
 def write(file: Path, state: Mapping[str, Tensor], header: Header) -> None:
-    """A file with these tensors, all of a model's or those that were trained."""
+    """Write a file with these tensors: all of a model's, or those that were trained."""
     fields: dict[str, Any] = {f.name: getattr(header, f.name) for f in dataclasses.fields(header) if f.name != "recipe"}
     if header.recipe is not None:
         fields |= {"recipe": flatten(header.recipe), "backbone": header.recipe.backbone.name}
@@ -90,7 +91,7 @@ def write(file: Path, state: Mapping[str, Tensor], header: Header) -> None:
 
 
 def read(file: str | Path) -> tuple[dict[str, Tensor], Header]:
-    """The tensors and the header. ConfigError if it is not such a file."""
+    """Return the tensors and the header. Raises ConfigError if it is not such a file."""
     try:
         with safe_open(file, "pt") as opened:
             texts = opened.metadata() or {}
@@ -114,10 +115,10 @@ def read(file: str | Path) -> tuple[dict[str, Tensor], Header]:
 def load(
     file: str | Path, *, weights_file: Path | None = None, device: torch.device | str = "cpu"
 ) -> tuple[VideoClassifier, Header]:
-    """The model that the file was saved from, for inference (`eval`), and the header.
+    """Return the model that the file was saved from, for inference (`eval`), and the header.
 
-    The backbone comes from its library's hub or from `weights_file`, unless the file holds it. ConfigError where it is
-    not the one that the file was trained on, or where the file has no recipe.
+    The backbone comes from its library's hub or from `weights_file`, unless the file holds it. Raises ConfigError if it
+    is not the one that the file was trained on, or if the file has no recipe.
     """
     state, header = read(file)
     if header.recipe is None:
@@ -134,7 +135,10 @@ def load(
 
 
 def load_into(model: nn.Module, file: str | Path) -> Header:
-    """Put what was saved into a model that has the same parts trained; returns the header. ConfigError otherwise."""
+    """Put a file's tensors into a model with the same parts trained; return the header.
+
+    Raises ConfigError if they do not fit, or were trained on another backbone.
+    """
     state, header = read(file)
     _check_backbone(model, header, str(file))
     _load_trained(model, state, str(file))
@@ -142,30 +146,19 @@ def load_into(model: nn.Module, file: str | Path) -> Header:
 
 
 def is_complete(state: Mapping[str, Tensor]) -> bool:
-    """Whether these tensors of a `VideoClassifier` include its whole backbone, trained or not."""
+    """Return True if these tensors of a `VideoClassifier` include its whole backbone, trained or not."""
     return {"vit.cls_token", "vit.norm.weight", "head.weight"} <= state.keys() and any(
         name.startswith("vit.blocks.0.") for name in state
     )
 
 
 def build_complete(recipe: Recipe, state: Mapping[str, Tensor], source: str) -> VideoClassifier:
-    """The recipe's model with all its weights from `state`. ConfigError about the first that does not fit."""
+    """Return the recipe's model with all its weights from `state`. Raises ConfigError if they do not fit."""
     seeded = dataclasses.replace(recipe, backbone=dataclasses.replace(recipe.backbone, weights="seed:0"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about an adapter that cannot be trained: nothing is, here
+        warnings.simplefilter("ignore")  # about dead adapters: nothing is trained here
         model = build_model(seeded)
-    expected = model.state_dict()
-    for problem, names in (
-        ("lacks", expected.keys() - state.keys()),
-        ("has, and the recipe's model has not,", state.keys() - expected.keys()),
-    ):
-        if names:
-            raise ConfigError(f"{source}: {problem} {min(names)} ({len(names)} in all): another recipe?")
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise ConfigError(
-                f"{source}: {name} is {list(tensor.shape)}, the recipe's {list(expected[name].shape)}: another recipe?"
-            )
+    check_fit(state, model.state_dict(), source, "is it of another recipe?")
     model.load_state_dict(dict(state))
     return model
 

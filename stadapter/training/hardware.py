@@ -29,55 +29,22 @@ def cpu_name() -> str:
 
 
 def set_up(device: torch.device, precision: str) -> str:
-    """Choose how this process multiplies matrices; one line for the reader: what was chosen, and why.
+    """Turn TF32 off on a GPU; return a line for the reader about the device, the precision and what that means.
 
-    ConfigError for a precision that the GPU can only imitate.
+    Nothing is set for a CPU. Raises ConfigError for a precision that the GPU can only imitate.
     """
     import torch
 
-    if device.type == "cuda":
-        if precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ConfigError(f"optim.precision = bfloat16: {device_name(device)} has no bfloat16; use float16")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        if precision == "float32":
-            how = "TF32 off, so that float32 means float32; optim.precision=bfloat16 is the fast choice"
-        else:
-            how = f"frozen matrices kept in {precision}; what autocast leaves in float32 without TF32"
-        return f"{device_name(device)}: {precision}; PyTorch's fused attention and AdamW; {how}"
-    error = set_fast_float32(device)
-    if torch.get_float32_matmul_precision() == "highest":
-        return f"{cpu_name()}: {precision}; PyTorch's default matrix products: oneDNN's are off by {error:.0e} here"
-    return (
-        f"{cpu_name()}: {precision}; oneDNN for large matrix products, exact to {error:.0e} here and as fast or faster "
-        "than the default where both were timed; the default for attention's small ones"
-    )
-
-
-def set_fast_float32(device: torch.device) -> float:
-    """On a CPU, take oneDNN's matrix products where they are as exact as the default ones; their relative error.
-
-    MKL takes a slow path on some AMD processors. The setting that avoids it allows oneDNN to compute in bfloat16, which
-    it does on some processors: a probe against float64 decides, and the default stays where precision would be lost.
-    Which is faster is not timed: a choice that could fall differently the next time would cost bitwise repetition.
-    """
-    import torch
-
-    if device.type != "cpu":
-        return 0.0
-    torch.set_float32_matmul_precision("medium")
-    error = _product_error()
-    if error > 1e-6:
-        torch.set_float32_matmul_precision("highest")
-    return error
-
-
-def _product_error() -> float:
-    """Relative, of float32 products as they are set now."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
-    return float((a.float() @ b.float() - a @ b).norm() / (a @ b).norm())
+    if device.type != "cuda":
+        return f"{cpu_name()}: {precision}; PyTorch's default matrix products"
+    if precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(f"optim.precision = bfloat16: {device_name(device)} has no bfloat16; use float16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if precision == "float32":
+        how = "TF32 off, so that float32 means float32; optim.precision=bfloat16 is the fast choice"
+    else:
+        how = f"frozen matrices kept in {precision}; what autocast leaves in float32 without TF32"
+    return f"{device_name(device)}: {precision}; PyTorch's fused attention and AdamW; {how}"
 
 
 def device_name(device: torch.device) -> str:

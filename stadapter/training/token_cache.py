@@ -34,8 +34,8 @@ from stadapter.data.cache.quota import GB, Quota
 from stadapter.data.cache.tokens import FLAG, MAGIC, Rows
 from stadapter.data.lists.bounded_folder import cache_folder
 from stadapter.data.lists.clip_list import ClipList
+from stadapter.model.build import meta_model
 from stadapter.model.classifier import VideoClassifier
-from stadapter.model.cost import meta_model
 from stadapter.trials.record import TokensUsed
 from stadapter.version import __version__
 

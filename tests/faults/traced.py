@@ -12,7 +12,7 @@ from torch import Tensor
 from stadapter.ablation import Arm, main
 from stadapter.config import AdapterConfig, Recipe
 from stadapter.model.adapter import STAdapter
-from stadapter.model.custom import own_adapter
+from stadapter.model.custom import custom_adapter
 
 STEP_S = 0.1  # at least, so that a fault can happen between two steps
 
@@ -31,7 +31,7 @@ class Traced(STAdapter):
 
 
 def make_arm(recipe: Recipe, value: str) -> Arm:
-    return Arm(f"kernel {value}", own_adapter(Traced) | {"adapter.kernel_size": (int(value), 3, 3)})
+    return Arm(f"kernel {value}", custom_adapter(Traced) | {"adapter.kernel_size": (int(value), 3, 3)})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from stadapter.backbone.vit import ViT, VitShape
 from stadapter.config import AdapterConfig
 from stadapter.inference.authors import our_names
+from stadapter.model.build import freeze
 from stadapter.model.classifier import VideoClassifier
-from stadapter.model.strategies import freeze
 
 FILES = sorted((Path(__file__).parents[1] / "data" / "golden").glob("*.safetensors"))
 PLACEMENTS = {(True, False): "before_mhsa", (False, True): "after_mhsa", (True, True): "both"}

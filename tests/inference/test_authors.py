@@ -131,7 +131,7 @@ def test_checkpoints_of_other_models_are_refused(tmp_path: Path) -> None:
     )
     refuse_reading(tmp_path, "lacks vit.blocks.1.fc1.weight", base, without("1.mlp.c_fc.weight"))
     refuse_reading(
-        tmp_path, "the recipe's model has not, vit.text", base, lambda state: state.update(text=torch.zeros(1))
+        tmp_path, "and has vit.text that the model does not take", base, lambda state: state.update(text=torch.zeros(1))
     )
     narrow = {"transformer.resblocks.1.adapter_pre_mlp.fc1.bias": torch.zeros(7)}
     refuse_reading(tmp_path, r"after.1.down.bias is \[7\]", base, lambda state: state.update(narrow))

@@ -27,7 +27,7 @@ def model_with(**fields: Any) -> VideoClassifier:
 
 
 def awaken(model: VideoClassifier) -> VideoClassifier:
-    """Adapters that are no longer the identity."""
+    """Make the adapters something else than the identity."""
     generator = torch.Generator().manual_seed(0)
     for adapters in (model.before, model.after):
         for parameter in adapters.parameters():

@@ -1,4 +1,4 @@
-"""Arms from a file outside the package: adapters, strategies and placements of one's own."""
+"""Custom arms: adapters, strategies and placements from a file outside the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stadapter.config import ConfigError, CustomCode, Recipe
 from stadapter.model.build import build_model
 from stadapter.model.classifier import VideoClassifier
 from stadapter.model.cost import cost_of
-from stadapter.model.custom import load, own_adapter, own_model
+from stadapter.model.custom import custom_adapter, custom_model, load
 from stadapter.model.state import trainable_parameters
 from stadapter.training.loop import train
 from stadapter.training.options import TrainOptions
@@ -47,7 +47,7 @@ def ideas() -> Any:
 @pytest.fixture
 def recipe(tiny_recipe: Recipe, attention: Any) -> Recipe:
     """The tiny recipe with attention over time in its bottlenecks."""
-    return config.replace(tiny_recipe, **own_adapter(attention.TemporalAttentionAdapter))
+    return config.replace(tiny_recipe, **custom_adapter(attention.TemporalAttentionAdapter))
 
 
 def written(path: Path, code: str) -> Any:
@@ -61,7 +61,7 @@ def clips(recipe: Recipe, count: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_an_own_adapter_takes_the_place_of_every_st_adapter(recipe: Recipe, attention: Any) -> None:
+def test_a_custom_adapter_takes_the_place_of_every_st_adapter(recipe: Recipe, attention: Any) -> None:
     model = build_model(recipe)
     assert list(model.before) == ["4", "5"]
     assert [type(adapter).__name__ for adapter in model.adapters()] == ["TemporalAttentionAdapter"] * 2
@@ -70,7 +70,7 @@ def test_an_own_adapter_takes_the_place_of_every_st_adapter(recipe: Recipe, atte
     assert all(name.startswith(("before.", "head.", "vit.norm.")) for name in trained)
 
 
-def test_a_fresh_own_adapter_leaves_the_backbone_as_it_was(recipe: Recipe) -> None:
+def test_a_fresh_custom_adapter_leaves_the_backbone_as_it_was(recipe: Recipe) -> None:
     plain = build_model(
         config.replace(recipe, strategy="linear_probe", **{"own.file": "", "own.sha256": "", "own.adapter": ""})
     )
@@ -87,7 +87,7 @@ def test_attention_over_time_tells_a_clip_from_its_reversal_once_it_has_learned(
     assert (model(pixels) - model(pixels.flip(1))).abs().max() > 1e-2
 
 
-def test_the_macs_of_an_own_adapter_are_counted_by_running_it(recipe: Recipe, tiny_recipe: Recipe) -> None:
+def test_the_macs_of_a_custom_adapter_are_counted_by_running_it(recipe: Recipe, tiny_recipe: Recipe) -> None:
     C, T = 8, recipe.data.num_frames
     model = build_model(recipe, device="meta")
     D, N = model.width, model.vit.shape.num_patches
@@ -96,32 +96,32 @@ def test_the_macs_of_an_own_adapter_are_counted_by_running_it(recipe: Recipe, ti
     assert cost_of(recipe).macs_per_view == without + 2 * one
 
 
-def test_the_identity_of_an_own_arm_is_its_code_and_not_its_place(tmp_path: Path, tiny_recipe: Recipe) -> None:
+def test_the_identity_of_a_custom_arm_is_its_code_and_not_its_place(tmp_path: Path, tiny_recipe: Recipe) -> None:
     code = "class Mine:\n    pass\n"
     (tmp_path / "elsewhere").mkdir()
-    here = own_adapter(written(tmp_path / "mine.py", code).Mine)
-    there = own_adapter(written(tmp_path / "elsewhere" / "mine.py", code).Mine)
-    changed = own_adapter(written(tmp_path / "changed.py", code + "# more\n").Mine)
+    here = custom_adapter(written(tmp_path / "mine.py", code).Mine)
+    there = custom_adapter(written(tmp_path / "elsewhere" / "mine.py", code).Mine)
+    changed = custom_adapter(written(tmp_path / "changed.py", code + "# more\n").Mine)
     one, same, other = (config.identity(config.replace(tiny_recipe, **f)) for f in (here, there, changed))
     assert one == same != other
 
 
-def test_a_run_folder_of_an_own_arm_goes_on_after_its_file_has_moved(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_run_folder_of_a_custom_arm_goes_on_after_its_file_has_moved(tmp_path: Path, recipe: Recipe) -> None:
     record.prepare_folder(tmp_path, recipe)
     assert record.check_config(tmp_path, config.replace(recipe, **{"own.file": "/moved/temporal_attention.py"}))
     with pytest.raises(ConfigError, match=r"own\.sha256"):
         record.check_config(tmp_path, config.replace(recipe, **{"own.sha256": "0" * 64}))
 
 
-def test_a_run_folder_from_before_there_was_own_code_is_still_known(tmp_path: Path, tiny_recipe: Recipe) -> None:
+def test_a_run_folder_from_before_there_was_custom_code_is_still_known(tmp_path: Path, tiny_recipe: Recipe) -> None:
     fields = {path: value for path, value in config.flatten(tiny_recipe).items() if not path.startswith("own.")}
     files.write_json(tmp_path / record.CONFIG, fields)
     assert record.check_config(tmp_path, tiny_recipe)
 
 
-def test_own_code_that_changed_since_or_is_gone_is_refused(tmp_path: Path, tiny_recipe: Recipe) -> None:
+def test_custom_code_that_changed_since_or_is_gone_is_refused(tmp_path: Path, tiny_recipe: Recipe) -> None:
     path = tmp_path / "changing.py"
-    fields = own_adapter(written(path, "class Changing:\n    pass\n").Changing)
+    fields = custom_adapter(written(path, "class Changing:\n    pass\n").Changing)
     own = config.replace(tiny_recipe, **fields).own
     path.write_text("class Changing:\n    x = 1\n")
     with pytest.raises(ConfigError, match="has changed since this trial was described"):
@@ -136,26 +136,26 @@ def test_code_that_a_trial_could_not_import_is_refused() -> None:
         pass
 
     with pytest.raises(ConfigError, match="must stand at the top of a Python file"):
-        own_adapter(Local)
+        custom_adapter(Local)
 
 
 @pytest.mark.parametrize("fields", [{"file": "mine.py"}, {"adapter": "Mine"}, {"sha256": "0", "model": "build"}])
-def test_half_a_description_of_own_code_is_refused(fields: dict[str, str]) -> None:
+def test_half_a_description_of_custom_code_is_refused(fields: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="belong together"):
         CustomCode(**fields)
 
 
-def test_an_own_strategy_trains_what_it_says(tiny_recipe: Recipe, ideas: Any) -> None:
-    mine = trainable_parameters(build_model(config.replace(tiny_recipe, **own_model(ideas.with_biases))))
+def test_a_custom_strategy_trains_what_it_says(tiny_recipe: Recipe, ideas: Any) -> None:
+    mine = trainable_parameters(build_model(config.replace(tiny_recipe, **custom_model(ideas.with_biases))))
     plain = trainable_parameters(build_model(tiny_recipe))
     added = mine.keys() - plain.keys()
     assert added and all(name.startswith("vit.") and name.endswith("bias") for name in added)
 
 
-def test_every_parameter_that_an_own_model_trains_gets_a_gradient(tiny_recipe: Recipe, ideas: Any) -> None:
+def test_every_parameter_that_a_custom_model_trains_gets_a_gradient(tiny_recipe: Recipe, ideas: Any) -> None:
     for fields in (
-        own_model(ideas.with_biases),
-        own_model(ideas.beside_mlp) | {"adapter.placement": "after_mhsa", "adapter.blocks": (2, 3)},
+        custom_model(ideas.with_biases),
+        custom_model(ideas.beside_mlp) | {"adapter.placement": "after_mhsa", "adapter.blocks": (2, 3)},
     ):
         model = build_model(config.replace(tiny_recipe, **fields))
         with torch.no_grad():
@@ -166,8 +166,8 @@ def test_every_parameter_that_an_own_model_trains_gets_a_gradient(tiny_recipe: R
             assert parameter.grad is not None, name
 
 
-def test_an_own_placement_computes_what_it_says(tiny_recipe: Recipe, ideas: Any) -> None:
-    fields = own_model(ideas.beside_mlp) | {"adapter.placement": "after_mhsa", "adapter.blocks": (1, 3)}
+def test_a_custom_placement_computes_what_it_says(tiny_recipe: Recipe, ideas: Any) -> None:
+    fields = custom_model(ideas.beside_mlp) | {"adapter.placement": "after_mhsa", "adapter.blocks": (1, 3)}
     model = build_model(config.replace(tiny_recipe, **fields))
     with torch.no_grad():
         for adapter in model.adapters():
@@ -182,7 +182,7 @@ def test_an_own_placement_computes_what_it_says(tiny_recipe: Recipe, ideas: Any)
     torch.testing.assert_close(model(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_own_model_must_be_a_classifier_and_train_something(tmp_path: Path, tiny_recipe: Recipe) -> None:
+def test_a_custom_model_must_be_a_classifier_and_train_something(tmp_path: Path, tiny_recipe: Recipe) -> None:
     module = written(
         tmp_path / "wrong.py",
         """
@@ -196,12 +196,12 @@ def test_an_own_model_must_be_a_classifier_and_train_something(tmp_path: Path, t
         """,
     )
     with pytest.raises(ConfigError, match="returned NoneType, not a stadapter"):
-        build_model(config.replace(tiny_recipe, **own_model(module.nothing)))
+        build_model(config.replace(tiny_recipe, **custom_model(module.nothing)))
     with pytest.raises(ConfigError, match="nothing in it is trained"):
-        build_model(config.replace(tiny_recipe, **own_model(module.frozen)))
+        build_model(config.replace(tiny_recipe, **custom_model(module.frozen)))
 
 
-def test_what_cls_gathers_in_an_own_adapter_reaches_the_logits(tmp_path: Path, tiny_recipe: Recipe) -> None:
+def test_what_cls_gathers_in_a_custom_adapter_reaches_the_logits(tmp_path: Path, tiny_recipe: Recipe) -> None:
     """Behind the last attention only CLS is computed, unless an adapter there may read the patches for it."""
     module = written(
         tmp_path / "gathering.py",
@@ -222,7 +222,7 @@ def test_what_cls_gathers_in_an_own_adapter_reaches_the_logits(tmp_path: Path, t
                 return torch.cat([onto_MSD[:, :1] + mean_M1D, onto_MSD[:, 1:]], dim=1)
         """,
     )
-    fields = own_adapter(module.Gathering) | {"adapter.placement": "after_mlp", "adapter.blocks": (5,)}
+    fields = custom_adapter(module.Gathering) | {"adapter.placement": "after_mlp", "adapter.blocks": (5,)}
     model = build_model(config.replace(tiny_recipe, **fields))
     assert isinstance(model, VideoClassifier) and not model.dead_adapters()
     model(clips(tiny_recipe)).sum().backward()
@@ -230,6 +230,6 @@ def test_what_cls_gathers_in_an_own_adapter_reaches_the_logits(tmp_path: Path, t
     assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-def test_an_own_arm_trains_in_a_plain_process(recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
+def test_a_custom_arm_trains_in_a_plain_process(recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
     result = train(recipe, tmp_path, TrainOptions(data_root=clip_folder))
     assert result.recipe["own.adapter"] == "TemporalAttentionAdapter"

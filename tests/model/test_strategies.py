@@ -1,4 +1,4 @@
-"""Strategies: each trains exactly what it says, starts where it says, and is given rates of its own."""
+"""Each strategy trains exactly what it says, starts where it says, and has the rates of its row."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from stadapter import recipes
 from stadapter.config import ConfigError, Placement, Recipe, Strategy, replace
 from stadapter.model.build import build_model, cast_frozen
-from stadapter.model.classifier import VideoClassifier
+from stadapter.model.classifier import VideoClassifier, code
 from stadapter.model.cost import cost_of
 from stadapter.model.state import load_trainable_state, trainable_parameters, trainable_state
 from stadapter.recipes import for_strategy
+from stadapter.strategies import STRATEGIES as ROWS
+from stadapter.strategies import StrategyRow
 from stadapter.training.loop import train
 from stadapter.training.optim import make_optimizer
 from stadapter.training.options import TrainOptions
@@ -29,7 +31,7 @@ EMBEDDED = replace(recipes.embedded, **{"backbone.weights": "seed:0", "data.num_
 STRATEGIES = typing.get_args(Strategy)
 SEES_TIME = ("attentional_pooling", "temporal", "st_adapter", "full_space_time", "full_st_adapter")
 
-# What each strategy trains, besides the head: names of all parameters, and of nothing else.
+# The parameters that each strategy trains, besides the head: names of all parameters, and of nothing else.
 ADAPTER = r"before\.[0-5]\.(down|up)\.(weight|bias)"
 TRAINED = {
     "linear_probe": r"(?!)",
@@ -59,7 +61,7 @@ def model_for(strategy: Strategy, **fields: Any) -> VideoClassifier:
 
 
 def awaken(model: VideoClassifier) -> VideoClassifier:
-    """What starts at zero no longer does."""
+    """Move what starts at zero away from it."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -85,6 +87,53 @@ def test_what_is_trained_is_exactly_what_it_says(strategy: Strategy) -> None:
     assert {name for name, _ in model.named_parameters() if not name.startswith("vit.")} <= set(
         trainable_parameters(model)
     )
+
+
+def test_a_row_names_classes_with_what_the_model_asks_of_them() -> None:
+    for row in ROWS.values():
+        asked = {
+            row.adapter: ("from_config", "macs_per_frame", "forward"),
+            row.adds: ("part", "build", "macs_per_view"),
+            row.model: ("block", "parts"),
+        }
+        assert [name for text, names in asked.items() if text for name in names if not hasattr(code(text), name)] == []
+
+
+def test_a_row_and_a_class_are_all_that_a_new_strategy_takes(monkeypatch) -> None:
+    """Adapters with another rate, the last blocks trained, in a model that adds a part of its own to a block."""
+
+    class Shifted(VideoClassifier):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.shift = torch.nn.Parameter(torch.zeros(self.width))
+
+        def block(self, index: int, x_MSD: torch.Tensor, num_frames: int, cls_only: bool) -> torch.Tensor:
+            return super().block(index, x_MSD + self.shift, num_frames, cls_only)
+
+    monkeypatch.setattr("stadapter.model.baselines.Shifted", Shifted, raising=False)
+    row = StrategyRow(adapter="adapter.STAdapter", model="baselines.Shifted", backbone="last blocks", rate=1 / 8)
+    monkeypatch.setitem(ROWS, "shifted", row)
+    monkeypatch.setattr("stadapter.config.Strategy", typing.Literal[tuple(ROWS)])  # as a fresh import would have it
+    recipe = recipe_for("shifted")
+    assert recipe.optim.base_lr == EMBEDDED.optim.base_lr / 8
+    model = awaken(build_model(recipe))
+    assert {name.split(".")[0] for name in trainable_parameters(model)} == {"shift", "before", "vit", "head"}
+    assert model.first_trained_block() == -1
+    loss_of(model).backward()
+    assert model.shift.grad is not None and model.shift.grad.any()
+    assert cost_of(recipe).macs_per_view == cost_of(recipe_for("st_adapter")).macs_per_view
+
+
+@pytest.mark.parametrize(
+    ("strategy", "first"),
+    [
+        *(("linear_probe", 6), ("attentional_pooling", 6), ("temporal", 6), ("partial", 4)),
+        *(("prompt", 0), ("lora", 0), ("adapter", 0), ("bitfit", -1), ("full", -1), ("full_space_time", -1)),
+    ],
+)
+def test_the_first_trained_block_is_the_lowest_that_needs_a_gradient(strategy: Strategy, first: int) -> None:
+    assert model_for(strategy).first_trained_block() == first
+    assert model_for("st_adapter", adapter__blocks=(2, 4)).first_trained_block() == 2
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
