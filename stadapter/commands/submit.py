@@ -1,7 +1,6 @@
-"""`stadapter submit`: the command that runs here, on a cluster.
+"""The command `submit`, which runs a script on a cluster.
 
-Behind `--` stands what would be typed here. Each back end is a module with the same functions: its flags, the artefact
-that carries the job, and how the job is submitted, asked after, read and stopped.
+The script and its flags stand behind `--`. Each back end is a module with the same functions.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from stadapter.ablation.exit_codes import DONE, STOPPED
 from stadapter.cluster.submit import kubernetes, ray_jobs, slurm
 from stadapter.cluster.submit.job import load, load_all, make_job, save
 from stadapter.config import ConfigError
@@ -26,8 +26,8 @@ EXAMPLES = """\
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line behind `submit`; returns the exit code. ConfigError for input that cannot work."""
-    # What stands behind -- belongs to the script, whatever it looks like.
+    """Run the words behind `submit` and return the exit code. Raises ConfigError for input that cannot work."""
+    # All words behind -- belong to the script, --help included.
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = _parser().parse_args(arguments[:split])
     words = arguments[split + 1 :]
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_records(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--records", type=Path, default=DEFAULT_RECORDS, metavar="FOLDER",
-        help="where submissions are written down, on this machine (default: %(default)s)",
+        help="where submissions are recorded, on this machine (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _submit(options: argparse.Namespace, words: list[str]) -> int:
         print(f"warning: {job.code.root} has changes that are in no commit", file=sys.stderr)
     if options.dry_run:
         print(artefact)
-        return 0
+        return DONE
     facts = backend.submit(job, options, artefact)
     try:
         save(job, options.what, facts, options.records)
@@ -107,24 +107,24 @@ def _submit(options: argparse.Namespace, words: list[str]) -> int:
     where = [] if options.records == DEFAULT_RECORDS else ["--records", str(options.records)]
     for verb, *flags in (["status"], ["logs", "--follow"], ["stop"]):
         print("  " + shlex.join(["stadapter", "submit", verb, job.id, *flags, *where]))
-    return 0
+    return DONE
 
 
 def _status(options: argparse.Namespace) -> int:
     if options.id is not None:
         found = load(options.id, options.records)
         print(f"{found['id']}  {found['backend']}  {BACKENDS[found['backend']].status(found['facts'])}")
-        return 0
+        return DONE
     every = load_all(options.records)
     if not every:
         print(f"{options.records}: nothing was submitted")
     for found in every:
         try:
             state = BACKENDS[found["backend"]].status(found["facts"])
-        except ConfigError as error:  # one cluster that is away hides no other
+        except ConfigError as error:  # a cluster that is away does not hide the others
             state = f"unknown: {error}"
         print(f"{found['id']}  {found['backend']}  {state}")
-    return 0
+    return DONE
 
 
 def _logs(options: argparse.Namespace) -> int:
@@ -133,11 +133,11 @@ def _logs(options: argparse.Namespace) -> int:
         for text in BACKENDS[found["backend"]].logs(found["facts"], options.follow):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        return 130  # the job goes on
-    return 0
+        return STOPPED  # the job goes on
+    return DONE
 
 
 def _stop(options: argparse.Namespace) -> int:
     found = load(options.id, options.records)
     print(f"{options.id}: {BACKENDS[found['backend']].stop(found['facts'])}")
-    return 0
+    return DONE

@@ -5,7 +5,6 @@ Faults that happen to whole sweeps: tests/faults.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import fcntl
@@ -21,8 +20,10 @@ from typing import Any
 import made_up
 import pytest
 
-from stadapter.ablation.launch import Launch, Request
-from stadapter.ablation.progress import Terminal
+from stadapter.ablation.launch import Launch
+from stadapter.ablation.observer import Silent
+from stadapter.ablation.options import SweepOptions
+from stadapter.ablation.prepare import Request
 from stadapter.cluster.runner import write_error
 from stadapter.config import ConfigError, Recipe, replace
 from stadapter.trials import files, lock, record, status
@@ -77,10 +78,10 @@ def test_force_keeps_the_old_record_and_forgets_failures(tmp_path: Path) -> None
 
 def test_failures_are_counted_over_launches_and_anew_under_another_limit(tmp_path: Path) -> None:
     status.count_failure(tmp_path, 2, "first")
-    assert not status.exhausted(tmp_path, 2)
+    assert not status.is_exhausted(tmp_path, 2)
     status.count_failure(tmp_path, 2, "second")
-    assert status.exhausted(tmp_path, 2)
-    assert not status.exhausted(tmp_path, 3)
+    assert status.is_exhausted(tmp_path, 2)
+    assert not status.is_exhausted(tmp_path, 3)
     assert status.count_failure(tmp_path, 3, "third") == status.Failures(1, 3, "third")
 
 
@@ -228,10 +229,8 @@ def test_a_full_disk_is_told_in_one_line_and_does_not_break_into_ray(small_disk:
             file.write(b"x" * 4096)
     why = write_error(trial.folder(small_disk), files.WriteError(small_disk / "x", 1, OSError(errno.ENOSPC, "full")))
     assert why.startswith(f"{small_disk / 'x'}: cannot be written (full")
-    options = argparse.Namespace(max_failures=2)
-    launched = Launch(
-        Request(sweep, [trial], frozenset(), small_disk, options), Terminal(sweep, 0), None, GentleStop(small_disk)
-    )
+    request = Request(sweep, [trial], frozenset(), small_disk, SweepOptions(max_failures=2))
+    launched = Launch(request, Silent(), None, GentleStop(small_disk))
     launched.event("failed", trial, {"message": why})
     assert isinstance(launched.unwritten, files.WriteError)  # raised when the round is over
 
