@@ -18,7 +18,7 @@ from stadapter.ablation.options import SweepOptions, check_port
 from stadapter.ablation.prepare import Request, prepare
 from stadapter.config import ConfigError
 from stadapter.results import table
-from stadapter.trials import files, status
+from stadapter.trials import files, lock, status
 from stadapter.trials.record import Record
 from stadapter.trials.stop import GentleStop
 from stadapter.trials.sweep import FIGURE, SWEEP, Sweep, load_sweep, records, save_sweep
@@ -65,6 +65,7 @@ def _describe_in_folder(request: Request, observer: Observer) -> None:
         if request.options.force and (moved := status.set_aside(request.selected, output)):
             observer.note(f"--force: {len(moved)} old records are in {moved[0].parent}")
         folder.mkdir(parents=True, exist_ok=True)
+        lock.check_flock(output / "locks")
         if (folder / SWEEP).exists() and (kept := status.keep_tables(load_sweep(folder), sweep, output)):
             observer.note(
                 f"note: {folder} now holds the tables of these arms and seeds; those it held before are in {kept}"

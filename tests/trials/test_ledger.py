@@ -158,29 +158,31 @@ def test_a_live_owner_on_another_machine_is_left_alone_until_it_falls_silent(tmp
         pass
 
 
-def test_without_flock_the_lock_of_a_machine_that_went_down_is_taken_away_when_it_has_fallen_silent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_file_system_without_flock_is_refused_in_one_line_and_nothing_is_written(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     def no_flock(*arguments: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
+    folder, locks = tmp_path / "trials" / "abc", tmp_path / "locks"
+    if is_there:  # from a machine that mounts it with flock
+        locks.mkdir()
+        (locks / "abc.lock").touch()
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    folder, owner = tmp_path / "trials" / "abc", tmp_path / "locks" / "abc.owner"
-    owner.parent.mkdir()
-    files.write_json(owner, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
-    held = owner.with_suffix(".lock")
-    held.write_text("1\nnode7\n")
-    with pytest.warns(UserWarning, match="flock not supported"):
-        with pytest.raises(lock.Busy, match="process 1 on node7"), lock.writing(folder):
-            pass
-        silent = time.time() - 2 * lock.SILENT_S
-        for path in (owner, held):
-            os.utime(path, (silent, silent))
-        with lock.writing(folder):
-            assert str(os.getpid()) in held.read_text()
-            with pytest.raises(lock.Busy, match=f"process {os.getpid()} on"), lock.writing(folder):
-                pass
-    assert not list(owner.parent.iterdir())
+    with (
+        pytest.raises(ConfigError, match=r"no file locks.*choose an --output on another one"),
+        lock.writing(folder),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="or have it mounted with flock or localflock"):
+        lock.check_flock(locks)
+    assert {path.name for path in locks.iterdir()} <= {"abc.lock"}
+    assert not folder.exists() and not recwarn.list
+    monkeypatch.undo()
+    lock.check_flock(locks)
+    with lock.writing(folder):
+        pass
 
 
 # --- asking for an end
