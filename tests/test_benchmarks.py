@@ -12,9 +12,6 @@ import torch
 from benchmarks import memory, reference_decoding, scaling
 from benchmarks.data import EXACT_LIMIT, KINETICS, SSV2, measure, our_ways, peak_mib, plain_ways
 from benchmarks.demo import share_of, stages
-from stadapter import recipes
-from stadapter.ablation.gpus import GPUS
-from stadapter.ablation.plan import UTILISATION, Work, operations
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data.cache.frames import ClipCache
 from stadapter.data.cache.quota import GB
@@ -23,7 +20,6 @@ from stadapter.data.lists.formats import ClipList
 from stadapter.data.sampling import dense_indices
 from stadapter.data.transforms import train_pixels
 from stadapter.data.video.decoding import check_backend, decode
-from stadapter.model.cost import cost_of
 from stadapter.training.process_group import ProcessGroup
 
 
@@ -80,41 +76,6 @@ def test_many_random_opens_hold_memory_flat(way: str, opens: int, tmp_path: Path
     resident = memory.resident_mib(opens, way, memory.write_files(tmp_path))
     # A frame kept by mistake has at least 9 KiB: four per open would be 16 MiB and more.
     assert memory.growth_mib(resident) < 8
-
-
-NETWORK = scaling.Network(within_node_gb_s=200, between_nodes_gb_s=10, hop_us=0, hidden=0)
-
-
-def test_a_ring_sends_nearly_twice_the_bytes_over_its_slowest_link() -> None:
-    size = 80 * 10**6
-    assert scaling.ring_all_reduce_s(size, 1, NETWORK) == 0
-    assert scaling.ring_all_reduce_s(size, 8, NETWORK) == pytest.approx(2 * 7 / 8 * size / 200e9)
-    assert scaling.ring_all_reduce_s(size, 64, NETWORK) == pytest.approx(2 * 63 / 64 * size / 10e9)
-    slow_hops = dataclasses.replace(NETWORK, hop_us=10)
-    assert scaling.ring_all_reduce_s(0, 64, slow_hops) == pytest.approx(2 * 63 * 10e-6)
-
-
-def test_a_modelled_step_is_the_plan_s_operations_and_what_of_the_exchange_is_not_hidden() -> None:
-    recipe = recipes.ssv2_clip_b16
-    rate = GPUS["a100-80gb"].half_tflops * 1e12 * UTILISATION
-    step = scaling.model_step(recipe, 256, 64, rate, NETWORK)
-    cost = cost_of(recipe)
-    assert step.compute_s == pytest.approx(
-        operations(recipe, cost, Work(256, 0, 0, True)) / recipe.optim.epochs / rate / 64
-    )
-    assert step.all_reduce_s == scaling.ring_all_reduce_s(4 * cost.trainable_params, 64, NETWORK)
-    assert step.seconds == step.compute_s + step.all_reduce_s
-    assert step.clips_per_s_and_node * 8 * step.seconds == pytest.approx(256)
-    hidden = scaling.model_step(recipe, 256, 64, rate, dataclasses.replace(NETWORK, hidden=1))
-    assert (hidden.seconds, hidden.efficiency) == (step.compute_s, 1)
-
-
-def test_the_global_batch_bounds_the_number_of_gpus() -> None:
-    with pytest.raises(ValueError, match="256 clips to a step, less than one for each GPU"):
-        scaling.model_step(recipes.ssv2_clip_b16, 256, 512, 1e12, NETWORK)
-    with pytest.raises(ValueError, match="192 clips to a step cannot be shared equally"):
-        scaling.model_step(recipes.kinetics400_clip_b16, 192, 128, 1e12, NETWORK)
-    assert scaling.model_step(recipes.ssv2_clip_b16, 256, 256, 1e12, NETWORK).gpus == 256
 
 
 def test_two_processes_at_the_pace_of_one_are_fully_efficient_where_each_has_as_many_clips() -> None:

@@ -1,4 +1,4 @@
-"""The old name of the commands about sweeps: it says what to type now, and does it."""
+"""The old name of the commands on sweeps. It prints the new one, and runs it."""
 
 import runpy
 import sys

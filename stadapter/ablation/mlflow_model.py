@@ -1,4 +1,4 @@
-"""The old name of `stadapter.inference.mlflow_pyfunc`, which models logged to MLflow before the move still ask for."""
+"""The old name of `stadapter.inference.mlflow_pyfunc`. Models that were logged to MLflow under it load through it."""
 
 from stadapter.inference.mlflow_pyfunc import VideoModel, _load_pyfunc
 

@@ -1,17 +1,17 @@
-"""The front door: one parser for every command. Nothing heavy is imported before a command runs."""
+"""The front door: one parser for every command.
+
+Heavy libraries load when a command runs, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-from pathlib import Path
 
-from stadapter.ablation.exit_codes import exit_code_of
+from stadapter.ablation.exit_codes import DONE, exit_code_of
 from stadapter.commands import data, models, report, submit, sweeps
-from stadapter.commands.models import Commands, add_parser
+from stadapter.commands.parsers import Commands, add_parser
 from stadapter.commands.train import add_train
-from stadapter.config import ConfigError
 from stadapter.version import __version__
 
 EPILOG = """\
@@ -20,6 +20,7 @@ one way through:
   stadapter evaluate runs/one                           test it again
   stadapter predict runs/one clips/                     ask it about videos
   stadapter export runs/one --output model.pt2          take it elsewhere
+a sweep is started by its script, such as: python experiments/ablate_kernel.py
 
 exit codes: 0 done; 1 failed, in whole or for some clip, trial or video; 2 the input cannot work, nothing was started;
 130 stopped (a training or sweep goes on with the same command). `stadapter COMMAND --help` explains each."""
@@ -38,54 +39,49 @@ def _run(words: list[str]) -> int:
     return int(options.run(options))
 
 
+# The first command of each group in `stadapter --help`, and the group's heading.
+HEADINGS = {"train": "one model", "plan": "sweeps", "check": "data, clusters and shells"}
+
+
+class _Grouped(argparse.RawDescriptionHelpFormatter):
+    """A help text with a heading above each group of commands."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        heading = HEADINGS.get(action.dest)
+        return f"\n  {heading}:\n{text}" if heading else text
+
+
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command, in the order in which a newcomer meets them."""
     parser = argparse.ArgumentParser(
         prog="stadapter",
         description="Finding out what matters when a frozen image transformer is adapted to video.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Grouped,
     )
     parser.add_argument("--version", action="version", version=f"stadapter {__version__}")
-    each: Commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    each: Commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     add_train(each)
     models.add_evaluate(each)
     models.add_predict(each)
     models.add_export(each)
     models.add_convert(each)
-    add_plan(each)
-    for add in (sweeps.add_status, sweeps.add_table, sweeps.add_ui, sweeps.add_sync):
-        add(each)
+    sweeps.add_plan(each)
+    sweeps.add_status(each)
+    sweeps.add_table(each)
     report.add_report(each)
+    sweeps.add_ui(each)
+    sweeps.add_sync(each)
     sweeps.add_tune(each)
-    each.add_parser("submit", help="run a script on Slurm, Ray or Kubernetes", add_help=False)
     data.add_check(each)
+    each.add_parser("submit", help="run a script on Slurm, Ray or Kubernetes", add_help=False)
     add_completion(each)
     return parser
 
 
-def add_plan(commands: Commands) -> None:
-    parser = add_parser(
-        commands,
-        "plan",
-        "say what a sweep would cost, and start nothing",
-        "Say which trials of a script's sweep are done, and what the others will cost: the script with\n"
-        "--plan. It needs neither GPUs nor data. The script's own flags follow it.",
-        "examples:\n"
-        "  stadapter plan experiments/ablate_kernel.py\n"
-        "  stadapter plan experiments/ablate_kernel.py --recipe ssv2_clip_b16 --num-gpus 8 --gpu a100-80gb",
-    )
-    parser.add_argument("script", type=Path, metavar="SCRIPT", help="an experiment's Python file")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags; SCRIPT --help lists them")
-    parser.set_defaults(run=_plan)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    if not options.script.is_file():
-        raise ConfigError(f"{options.script}: there is no such script; name one such as experiments/ablate_kernel.py")
-    return subprocess.run([sys.executable, str(options.script), *options.flags, "--plan"]).returncode
-
-
 def add_completion(commands: Commands) -> None:
+    """Add `completion`."""
     parser = add_parser(
         commands,
         "completion",
@@ -103,4 +99,4 @@ def _completion(options: argparse.Namespace) -> int:
     import shtab
 
     print(shtab.complete(make_parser(), options.shell))
-    return 0
+    return DONE

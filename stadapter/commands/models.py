@@ -1,6 +1,7 @@
-"""What the console command does with trained models: evaluate, predict, export, convert. Flags here, work elsewhere.
+"""The commands on trained models: evaluate, predict, export, convert.
 
-Each `add_*` puts one command into the parser and names the function that runs it. Nothing heavy is imported before.
+Each `add_*` puts one command into the parser and names the function that runs it. What loads torch is imported in that
+function.
 """
 
 from __future__ import annotations
@@ -12,27 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from stadapter import config, recipes
+from stadapter.ablation.exit_codes import DONE, FAILED
+from stadapter.commands.parsers import Commands, add_parser
 from stadapter.config import ConfigError
-from stadapter.data.lists.storage import data_root
-from stadapter.training.flags import add_reading_flags, reading_flags
+from stadapter.data.lists.clip_list import ClipList
+from stadapter.data.lists.formats import load_clips
+from stadapter.training.flags import (
+    add_data_root,
+    add_reading_flags,
+    add_set,
+    add_weights,
+    changed_fields,
+    complete_files,
+    reading_flags,
+)
+from stadapter.training.options import TrainOptions
+from stadapter.trials import record
 
-Commands = Any  # argparse's subparsers, whose class has no public name
 MODEL = "a run folder, a trained.safetensors, or a file made by `convert` or stadapter.save"
 DEFAULT_TOP = 5
 
 
-def add_parser(commands: Commands, name: str, summary: str, description: str, epilog: str = "") -> Any:
-    """A command whose help keeps its line breaks; the last paragraph of a help text shows what to type."""
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def add_evaluate(commands: Commands) -> None:
+    """Add `evaluate`."""
     parser = add_parser(
         commands,
         "evaluate",
@@ -46,16 +49,14 @@ def add_evaluate(commands: Commands) -> None:
     )
     _add_model(parser)
     _add_passes(parser)
-    parser.add_argument(
-        "--data-root", type=data_root, metavar="FOLDER",
-        help="where the data set lies, or its address (s3://...); the embedded one needs none",
-    )  # fmt: skip
-    _add_set(parser, "change how clips are looked at, such as data.test_temporal_views=1; repeatable")
+    add_data_root(parser)
+    add_set(parser, "change how clips are looked at, such as data.test_temporal_views=1; repeatable")
     add_reading_flags(parser)
     parser.set_defaults(run=_evaluate)
 
 
 def add_predict(commands: Commands) -> None:
+    """Add `predict`."""
     parser = add_parser(
         commands,
         "predict",
@@ -67,7 +68,7 @@ def add_predict(commands: Commands) -> None:
         "  stadapter predict ssv2.safetensors clips/ more.webm --top 3 --num-workers 8",
     )
     _add_model(parser)
-    _files(
+    complete_files(
         parser.add_argument(
             "videos", nargs="+", metavar="VIDEO", help="a video file, or a folder of them, at any depth"
         )
@@ -80,6 +81,7 @@ def add_predict(commands: Commands) -> None:
 
 
 def add_export(commands: Commands) -> None:
+    """Add `export`."""
     parser = add_parser(
         commands,
         "export",
@@ -94,11 +96,14 @@ def add_export(commands: Commands) -> None:
         "in Python: torch.export.load('model.pt2').module()(pixels)",
     )
     _add_model(parser)
-    _files(parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends in .pt2 or .onnx"))
+    complete_files(
+        parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends in .pt2 or .onnx")
+    )
     parser.set_defaults(run=_export)
 
 
 def add_convert(commands: Commands) -> None:
+    """Add `convert`."""
     parser = add_parser(
         commands,
         "convert",
@@ -113,38 +118,20 @@ def add_convert(commands: Commands) -> None:
         "  stadapter evaluate ssv2.safetensors --data-root /data/ssv2\n"
         "  stadapter convert runs/one --output one.pth\n\n" + recipes.listing(),
     )  # fmt: skip
-    _files(parser.add_argument("model", type=Path, metavar="MODEL", help=f"an authors' .pth; or {MODEL}"))
-    _files(
+    complete_files(parser.add_argument("model", type=Path, metavar="MODEL", help=f"an authors' .pth; or {MODEL}"))
+    complete_files(
         parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends in .safetensors or .pth")
     )
     parser.add_argument("--recipe", metavar="NAME", help="of data and backbone, where the classes do not say it")
-    _add_set(parser, "change a field of that recipe, such as data.num_frames=16; repeatable")
-    _add_weights(parser)
-    parser.add_argument(
-        "--data-root", type=data_root, metavar="FOLDER",
-        help="the data set, for the names of its classes; without it `predict` prints numbers",
-    )  # fmt: skip
+    add_set(parser, "change a field of that recipe, such as data.num_frames=16; repeatable")
+    add_weights(parser)
+    add_data_root(parser, "the data set, for the names of its classes; without it `predict` prints numbers")
     parser.set_defaults(run=_convert)
 
 
-def _files(action: argparse.Action) -> None:
-    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]  # shtab reads it
-
-
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    _files(parser.add_argument("model", metavar="MODEL", help=MODEL))
-    _add_weights(parser)
-
-
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    weights = parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="backbone weights from this file instead of the hub"
-    )
-    _files(weights)
-
-
-def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help=text)
+    complete_files(parser.add_argument("model", metavar="MODEL", help=MODEL))
+    add_weights(parser)
 
 
 def _add_passes(parser: argparse.ArgumentParser) -> None:
@@ -152,12 +139,8 @@ def _add_passes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips-per-pass", type=int, metavar="N", help="clips at once, all views of each (default: 8)")
 
 
-def _fields(overrides: list[str]) -> dict[str, Any]:
-    return dict(config.parse_override(text) for text in overrides)
-
-
 def _check_output(file: Path, *endings: str) -> None:
-    """ConfigError where no file of such a name can be written; its folder is made."""
+    """Raise ConfigError if no file of this name can be written. Makes its folder."""
     if file.suffix not in endings:
         raise ConfigError(f"--output {file}: must end in {' or '.join(endings)}")
     try:
@@ -173,9 +156,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from stadapter.data.bad_clips import BadClipsError
-    from stadapter.data.lists.formats import load_clips
     from stadapter.inference import trained
-    from stadapter.training.options import TrainOptions
     from stadapter.training.process_group import join_process_group
 
     train_options = TrainOptions(
@@ -186,17 +167,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         **reading_flags(options),
     )
     model, recipe, header = trained.open_trained(
-        options.model, weights_file=options.weights, changes=_fields(options.overrides)
+        options.model, weights_file=options.weights, changes=changed_fields(options)
     )
     clips = load_clips(recipe.data, options.data_root, "test")
     group = join_process_group()
-    trained_on = header.data.get("test", {}).get("fingerprint", "")
-    if group.rank == 0 and trained_on and trained_on != clips.fingerprint():
-        print(
-            f"note: these test clips (fingerprint {clips.fingerprint()}) are not those that the training was tested on "
-            f"({trained_on})",
-            file=sys.stderr,
-        )
+    if group.rank == 0:
+        _note_other_clips(clips, header.data.get("test", {}).get("fingerprint", ""))
     bar = tqdm(total=len(clips), unit=" clips", file=sys.stderr, disable=None if group.rank == 0 else True)
 
     def watch(batches: Any) -> Any:
@@ -209,14 +185,24 @@ def _evaluate(options: argparse.Namespace) -> int:
             metrics = trained.test(model, recipe, train_options, group, clips, watch)
     except BadClipsError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     finally:
         if group.world_size > 1:
             dist.destroy_process_group()
     if group.rank == 0:
         print(f"{recipe.name}: {len(clips)} clips, fingerprint {clips.fingerprint()}, {recipe.optim.precision}")
         print("  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
-    return 0
+    return DONE
+
+
+def _note_other_clips(clips: ClipList, trained_on: str) -> None:
+    """Print a note if the training was tested on other clips than these. `trained_on` is their fingerprint."""
+    if trained_on and trained_on != clips.fingerprint():
+        print(
+            f"note: these test clips (fingerprint {clips.fingerprint()}) are not those that the training was tested on "
+            f"({trained_on})",
+            file=sys.stderr,
+        )
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -224,7 +210,6 @@ def _predict(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from stadapter.inference import predict, trained
-    from stadapter.training.options import TrainOptions
 
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: must be at least 1")
@@ -245,7 +230,7 @@ def _predict(options: argparse.Namespace) -> int:
             bar.update()
     if unreadable:
         print(f"{unreadable} of {len(videos)} videos cannot be read", file=sys.stderr)
-    return 1 if unreadable else 0
+    return FAILED if unreadable else DONE
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -259,32 +244,41 @@ def _export(options: argparse.Namespace) -> int:
         difference = export(model, recipe, options.output)
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     data, kind = recipe.data, str(pixel_dtype(recipe.data)).removeprefix("torch.")
     scale = "0..255" if kind == "uint8" else "0..1"
     print(f"{options.output}: pixels {kind} [B, {data.num_frames}, 3, {data.frame_size}, {data.frame_size}], {scale}")
     print(f"logits float32 [B, {data.num_classes}], at most {difference:.1g} from the model's")
-    return 0
+    return DONE
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from stadapter.data.lists.formats import load_clips
-    from stadapter.inference import authors
-    from stadapter.trials import record
-
     _check_output(options.output, ".safetensors", ".pth")
     if options.output.suffix == ".pth":
-        if options.recipe or options.overrides or options.data_root:
-            raise ConfigError(
-                f"{options.model}: holds its recipe; --recipe, --set and --data-root are for an authors' .pth"
-            )
-        file = options.model / record.TRAINED if options.model.is_dir() else options.model
-        dtype = authors.to_authors(file, options.output, weights_file=options.weights)
-        print(f"{options.output}: the backbone in {str(dtype).removeprefix('torch.')}, adapters and head in float32")
-        return 0
+        _convert_to_authors(options)
+    else:
+        _convert_from_authors(options)
+    return DONE
+
+
+def _convert_to_authors(options: argparse.Namespace) -> None:
+    from stadapter.inference import authors
+
+    if options.recipe or options.overrides or options.data_root:
+        raise ConfigError(
+            f"{options.model}: holds its recipe; --recipe, --set and --data-root are for an authors' .pth"
+        )
+    file = options.model / record.TRAINED if options.model.is_dir() else options.model
+    dtype = authors.to_authors(file, options.output, weights_file=options.weights)
+    print(f"{options.output}: the backbone in {str(dtype).removeprefix('torch.')}, adapters and head in float32")
+
+
+def _convert_from_authors(options: argparse.Namespace) -> None:
+    from stadapter.inference import authors
+
     if options.overrides and not options.recipe:
         raise ConfigError(f"--set {options.overrides[0]}: say of which --recipe")
-    base = config.replace(recipes.get(options.recipe), **_fields(options.overrides)) if options.recipe else None
+    base = config.replace(recipes.get(options.recipe), **changed_fields(options)) if options.recipe else None
     model, recipe = authors.from_authors(options.model, base, weights_file=options.weights)
     names = load_clips(recipe.data, options.data_root, "test").class_names if options.data_root else ()
     authors.save_converted(options.output, model, recipe, names)
@@ -295,4 +289,3 @@ def _convert(options: argparse.Namespace) -> int:
         f"{options.output}: recipe {recipe.name}, {recipe.backbone.name}, {len(model.adapters())} adapters of width "
         f"{adapter.bottleneck_width}, kernel {size}, {adapter.placement} in {where}, {recipe.data.num_classes} classes"
     )
-    return 0

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stadapter.commands.models import Commands, add_parser
+from stadapter.ablation.exit_codes import DONE
+from stadapter.ablation.flags import add_output
+from stadapter.commands.parsers import Commands, add_parser
 from stadapter.config import ConfigError
-from stadapter.trials.sweep import DEFAULT_OUTPUT
+from stadapter.results import table
+from stadapter.results.sources import from_folder
 
 EPILOG = "exit codes: 0 done; 2 the input cannot work. An incomplete sweep is reported, with its holes marked."
 
 
 def add_report(commands: Commands) -> None:
+    """Add `report`."""
     parser = add_parser(
         commands,
         "report",
@@ -20,13 +24,7 @@ def add_report(commands: Commands) -> None:
         "Print the tables of all finished sweeps and write one report with figures.",
         EPILOG,
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=DEFAULT_OUTPUT,
-        metavar="FOLDER",
-        help="the sweeps' --output (default: %(default)s)",
-    )
+    add_output(parser)
     parser.add_argument(
         "--tracking-uri", metavar="URI", help="read the records from this MLflow store instead of the folder"
     )
@@ -37,19 +35,17 @@ def add_report(commands: Commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    output, tracking_uri = options.output, options.tracking_uri
-    folder = options.report or output / "report"
-    from stadapter.results import table
+    # Late: they load pandas or matplotlib, and MLflow.
     from stadapter.results.report import write_report
-    from stadapter.results.sources import from_folder
     from stadapter.tracking.reader import from_mlflow
 
-    answers = from_mlflow(tracking_uri) if tracking_uri else from_folder(output)
+    answers = from_mlflow(options.tracking_uri) if options.tracking_uri else from_folder(options.output)
     for answer in answers:
         print(f"{answer.sweep.question}\n\n{table.to_text(answer.sweep, answer.records)}")
+    folder = options.report or options.output / "report"
     try:
         page = write_report(answers, folder)
     except OSError as error:
         raise ConfigError(f"--report {folder}: cannot be written ({error.strerror}); choose another folder") from None
     print(f"Report: {page} (and report.md, tables/, figures/ beside it)")
-    return 0
+    return DONE

@@ -1,19 +1,85 @@
-"""The flags that every command which trains or tests shares. They change a number by rounding at most."""
+"""The flags that commands which train or test share: each is defined here, once, with its help text.
+
+`add_*` puts flags into a parser; the function without `add` reads them. Those about speed and reading change a number
+by rounding at most.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any, get_args
 
+from stadapter import config
 from stadapter.config import ConfigError
-from stadapter.data.lists.storage import DEFAULT_LOCAL_COPIES_GB
+from stadapter.data.lists.storage import DEFAULT_LOCAL_COPIES_GB, data_root
 from stadapter.data.reader import DEFAULT_TIME_LIMIT_S
 from stadapter.data.video.decoding import Backend, check_backend
-from stadapter.training.options import DEFAULT_MAX_BAD_SHARE
+from stadapter.training.options import DEFAULT_CHECKPOINT_EVERY_S, DEFAULT_MAX_BAD_SHARE, GPU_CLIPS_PER_PASS
+
+Parser = argparse.ArgumentParser | argparse._ArgumentGroup
+CHANGE_RECIPE = "change a field of the recipe, such as optim.epochs=1; repeatable"
+WHERE_DATA_LIES = "where the data set lies, or its address (s3://...); the embedded one needs none"
 
 
-def add_speed_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def complete_files(action: argparse.Action) -> None:
+    """Let shells complete names of files behind a flag."""
+    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]  # shtab reads it
+
+
+def add_set(parser: Parser, help_text: str = CHANGE_RECIPE) -> None:
+    """Add --set."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help=help_text
+    )  # fmt: skip
+
+
+def changed_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that --set changes, by dotted path. Raises ConfigError if one cannot be read."""
+    return dict(config.parse_override(text) for text in options.overrides)
+
+
+def add_data_root(parser: Parser, help_text: str = WHERE_DATA_LIES, *, required: bool = False) -> None:
+    """Add --data-root."""
+    parser.add_argument("--data-root", type=data_root, required=required, metavar="FOLDER", help=help_text)
+
+
+def add_weights(parser: Parser) -> None:
+    """Add --weights."""
+    complete_files(
+        parser.add_argument(
+            "--weights", type=Path, metavar="FILE", help="backbone weights from this file instead of the hub"
+        )
+    )
+
+
+def add_loader_processes(parser: Parser) -> None:
+    """Add --num-workers of a training."""
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N",
+        help="loader processes per training process (default: 0 without GPUs; with GPUs, one less than its cores)",
+    )  # fmt: skip
+
+
+def add_clips_per_pass(parser: Parser, default: str = f"all, or {GPU_CLIPS_PER_PASS} on a GPU") -> None:
+    """Add --clips-per-pass of a training."""
+    parser.add_argument(
+        "--clips-per-pass", type=int, metavar="N",
+        help=f"clips in one pass of a process; more are accumulated (default: {default})",
+    )  # fmt: skip
+
+
+def add_checkpoint_every(parser: Parser) -> None:
+    """Add --checkpoint-every."""
+    parser.add_argument(
+        "--checkpoint-every", type=float, default=DEFAULT_CHECKPOINT_EVERY_S, metavar="SECONDS",
+        help="within an epoch; each epoch ends with a checkpoint as well (default: %(default)g)",
+    )  # fmt: skip
+
+
+def add_speed_flags(parser: Parser) -> None:
+    """Add --recompute and --compile."""
     parser.add_argument(
         "--recompute", action="store_true",
         help="compute the MLPs again in the backward pass: less memory, more time, the same numbers",
@@ -26,11 +92,12 @@ def add_speed_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
 
 
 def speed_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """As fields of `TrainOptions`."""
+    """Return the values of `add_speed_flags` as fields of `TrainOptions`."""
     return {"recompute": options.recompute, "compile": options.compile}
 
 
-def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_reading_flags(parser: Parser) -> None:
+    """Add the flags on how clips are read and kept."""
     parser.add_argument(
         "--decoder", choices=get_args(Backend), default="auto",
         help="what reads video files; all give the same frames (default: %(default)s, the fastest that is exact)",
@@ -63,7 +130,7 @@ def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
 
 
 def reading_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """As fields of `TrainOptions`; ConfigError for a value that cannot work."""
+    """Return the values of `add_reading_flags` as fields of `TrainOptions`. Raises ConfigError for a bad value."""
     if not 0 <= options.max_bad_share <= 1:
         raise ConfigError(f"--max-bad-share {options.max_bad_share}: must be in [0, 1]")
     if options.clip_time_limit <= 0:

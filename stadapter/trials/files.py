@@ -1,4 +1,4 @@
-"""Files of a run folder, written whole or not at all."""
+"""Atomic writing: a file of a run folder is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PART = ".part"  # the end of the name of what is being written
+PART = ".part"  # ends the names of files that are being written
 
 
 class WriteError(OSError):
-    """A file of a run folder could not be written. One line: which, why, and what to do; what was there is whole."""
+    """An error for a file that could not be written: one line with the file, the reason and the way on."""
 
     def __init__(self, path: Path, size: int, error: OSError) -> None:
         super().__init__(error.errno, error.strerror, str(path))
@@ -33,8 +33,11 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def written_whole(path: Path, content: bytes) -> Iterator[None]:
-    """Write `content` beside the file, run the block, then rename: a reader sees the old content or the new one, never
-    a part, also after the machine went down. WriteError, and nothing is left behind, where it cannot be written."""
+    """Write `content` beside the file, run the block, then rename.
+
+    A reader sees the old content or the new one, never a part, even after a power cut. Raises WriteError, and leaves
+    nothing behind, if the file cannot be written.
+    """
     part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PART}")
     try:
         with open(part, "wb") as file:
@@ -51,7 +54,7 @@ def written_whole(path: Path, content: bytes) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """`written_whole`, with nothing in between."""
+    """Replace the file's content at once. Raises WriteError if the file cannot be written."""
     with written_whole(path, content):
         pass
 
@@ -62,22 +65,23 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what writers that died left half written. Only for the folder's one writer."""
+    """Remove files that writers left half written when they died. Only the folder's one writer may call this."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write the value as JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def without_passwords(text: str) -> str:
-    """The text with *** for the user and password that an address in it carries: for what is shown or kept."""
+    """Return the text with *** for the user and password in each address. Use it on all that is shown or kept."""
     return re.sub(r"//[^/\s]*@", "//***@", text)

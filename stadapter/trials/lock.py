@@ -1,12 +1,12 @@
-"""One writer per trial folder, however many launches want it.
+"""One writer per trial folder, even if several launches want it.
 
-<output>/locks/<trial id>.lock    held with flock by the process that trains: it goes when the process goes
-<output>/locks/<trial id>.owner   who that is; touched every few seconds
+<output>/locks/<trial id>.lock    held with flock by the process that trains; the system releases it when that ends
+<output>/locks/<trial id>.owner   names that process; touched every 15 s
 
-On one machine, and on shared file systems that pass flock on (NFS does), the first file decides. Where flock holds on
-one machine only, the second one does: an owner on another machine that was touched lately is left alone. An owner that
-fell silent and comes back finds that the folder is another's, and its process ends. Where there is no flock at all
-(some mounts of Lustre), the first file is a lock by being there, and one whose owner fell silent is taken away.
+Where flock reaches all machines (a local disk, NFS), the .lock file decides. Where flock reaches one machine only
+(Lustre mounted with localflock), the .owner file decides between machines: an owner elsewhere that was touched lately
+is left alone. An owner that fell silent and comes back finds that the folder has another owner, and its process ends. A
+file system without any flock is refused before a trial starts.
 
 The locks lie beside the trials, not in them, so that a trial's folder can be moved aside while it is held.
 """
@@ -14,6 +14,8 @@ The locks lie beside the trials, not in them, so that a trial's folder can be mo
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shlex
@@ -26,12 +28,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
+from stadapter.config import ConfigError
 from stadapter.trials import files
 
 HEARTBEAT_S = 15.0
-SILENT_S = 8 * HEARTBEAT_S  # without a heartbeat for so long, an owner on another machine counts as dead
+SILENT_S = 8 * HEARTBEAT_S  # an owner on another machine without a heartbeat for so long counts as dead
 POLL_S = 1.0
 
 
@@ -42,7 +45,7 @@ class Owner:
     host: str
     pid: int
     command: str
-    machine: str  # kernel and process namespace: where `pid` means this process
+    machine: str  # kernel and process namespace, in which `pid` is this process
     token: str
 
     def __str__(self) -> str:
@@ -50,11 +53,11 @@ class Owner:
 
 
 class Busy(Exception):
-    """Another process writes this folder; the message says which."""
+    """An error for a folder that another process writes; the message names that process."""
 
 
 def owner_of(folder: Path) -> Owner | None:
-    """Who writes a trial's folder now, as far as can be told without touching anything."""
+    """Return the process that writes a trial's folder now, or None. Nothing is touched."""
     path = _owner_path(folder)
     owner = _read(path)
     if owner is None or _silent_s(path, time.time()) > SILENT_S:
@@ -64,12 +67,13 @@ def owner_of(folder: Path) -> Owner | None:
 
 @contextlib.contextmanager
 def writing(folder: Path, command: str = "", *, wait: bool = False, locks: Path | None = None) -> Iterator[None]:
-    """Be the only writer of a trial's folder. Raises Busy if there is one already; with `wait`, waits for its end.
+    """Be the only writer of a trial's folder. Raises Busy if it has a writer already; with `wait`, waits for its end.
 
-    `command` is what a person who finds the folder busy is told; by default this process's command line. `locks` is
-    where the locks of a folder lie that belongs to no sweep.
+    `command` is shown to those who find the folder busy; by default it is this process's command line. `locks` is the
+    folder for the locks of a run folder outside any sweep. Raises ConfigError if the file system has no flock.
     """
     path = _owner_path(folder) if locks is None else locks / f"{folder.name}.owner"
+    check_flock(path.parent)
     while True:
         try:
             lock = _acquire(path)
@@ -99,17 +103,32 @@ def writing(folder: Path, command: str = "", *, wait: bool = False, locks: Path 
         lock.release()
 
 
+def check_flock(locks: Path) -> None:
+    """Raise ConfigError if the file system of this folder has no flock: nothing could keep a second writer out."""
+    locks.mkdir(parents=True, exist_ok=True)
+    probe = locks / f"{uuid.uuid4().hex}.lock"
+    try:
+        with open(probe, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
+            raise
+        raise ConfigError(
+            f"{locks}: its file system has no file locks, so two launches could write one trial; choose an --output on "
+            "another one, or have it mounted with flock or localflock"
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def _acquire(path: Path) -> BaseFileLock:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Lock a trial whose owner file is `path`. Raises Busy if it has a living owner, here or on another machine."""
     file = path.with_suffix(".lock")
-    lock: BaseFileLock = FileLock(file, timeout=0, thread_local=False)
+    lock = FileLock(file, timeout=0, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
-        # flock goes when its process goes, on whatever machine; a file that is the lock does not.
-        if not isinstance(lock, SoftFileLock) or not _taken_away(file, path):
-            raise Busy(f"{path.stem} is being written by {_read(path) or 'another process'}") from None
-        return _acquire(path)
+        raise Busy(f"{path.stem} is being written by {_read(path) or 'another process'}") from None
     owner = _read(path)
     os.utime(file)  # the file system's own clock, whatever this machine's says
     if owner and owner.machine != _machine() and _silent_s(path, file.stat().st_mtime) <= SILENT_S:
@@ -118,30 +137,10 @@ def _acquire(path: Path) -> BaseFileLock:
     return lock
 
 
-def _taken_away(file: Path, path: Path) -> bool:
-    """Take away a lock that nobody has touched for long, nor its owner's file; whether that was so."""
-    clock, aside = (file.with_name(f"{file.name}.{uuid.uuid4().hex}") for _ in range(2))
-    try:
-        content = file.read_bytes()
-        clock.touch()  # the file system's own clock
-        now = clock.stat().st_mtime
-        if min(_silent_s(file, now), _silent_s(path, now)) <= SILENT_S:
-            return False
-        os.rename(file, aside)
-        if aside.read_bytes() != content:  # somebody else was faster, and has it now
-            os.rename(aside, file)
-            return False
-        return True
-    except FileNotFoundError:  # its owner has just released it, or somebody else is taking it away
-        return False
-    finally:
-        for each in (clock, aside):
-            each.unlink(missing_ok=True)
-
-
 def _beat(path: Path, me: Owner, ended: threading.Event) -> None:
+    """Touch the owner file until `ended`. End this process if the folder has another owner meanwhile."""
     while not ended.wait(HEARTBEAT_S):
-        with contextlib.suppress(OSError):  # a file system that is away for a moment; the next beat may reach it
+        with contextlib.suppress(OSError):  # the file system is away for a moment; the next beat may reach it
             found = _read(path)
             if found is not None and found != me and not ended.is_set():
                 _fence(f"{path}: taken over by {found} while this process was silent; it ends, or both would write")
@@ -172,7 +171,7 @@ def _silent_s(path: Path, now: float) -> float:
 
 
 def _machine() -> str:
-    """Equal in two processes exactly if a process number means the same in both."""
+    """Return a text that is equal in two processes exactly if a process number means the same in both."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -186,5 +185,5 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's, and alive
+        pass  # another user's process, and alive
     return True

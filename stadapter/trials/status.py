@@ -1,6 +1,6 @@
-"""What the output folder says about each trial: done, resumable, failed so many times, or still to do.
+"""The state of each trial in the output folder: done, running, failed so often, resumable, or still to do.
 
-Nothing here starts anything; reading a thousand trials takes a second.
+Reading a thousand finished trials takes 0.1 s (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,16 @@ TABLES = ("table.txt", "table.md", "table.csv")
 
 @dataclass(frozen=True)
 class Failures:
+    """The failures of a trial, over all launches."""
+
     count: int = 0
-    allowed: int | None = None  # the --max-failures that it was counted under: another value starts anew
+    allowed: int | None = None  # the --max-failures under which they were counted: another value counts anew
     last: str = ""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One trial and what there is of it."""
+    """A trial and its state in the output folder."""
 
     trial: Trial
     result: Record | None
@@ -43,7 +46,7 @@ class Entry:
 
     @property
     def state(self) -> str:
-        """One of STATES: the word to count by. A trial that failed may be resumable as well, as `status` says."""
+        """The state in one word of STATES, to count by. A failed trial may be resumable as well: see `status`."""
         if self.result is not None:
             return "done"
         if self.owner is not None:
@@ -54,6 +57,7 @@ class Entry:
 
     @property
     def status(self) -> str:
+        """The state in words, with the owner, the number of failures and the epochs done."""
         if self.result is not None:
             return "done"
         if self.owner is not None:
@@ -63,7 +67,19 @@ class Entry:
         return ", ".join(part for part in (failed if self.failures.count else "", state) if part) or "to do"
 
 
+def entries(sweep: Sweep, output: Path) -> list[Entry]:
+    """Return the state of every trial of a sweep, in its order."""
+    return [entry(trial, output) for trial in sweep.trials]
+
+
+def count_states(found: Sequence[Entry]) -> str:
+    """Return how many trials are in which state, such as `3 done, 1 to do`."""
+    counts = Counter(one.state for one in found)
+    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+
+
 def entry(trial: Trial, output: Path) -> Entry:
+    """Return the state of a trial."""
     folder = trial.folder(output)
     result = record.read_result(folder)
     if result is not None:
@@ -76,12 +92,13 @@ def entry(trial: Trial, output: Path) -> Entry:
 
 
 def read_failures(folder: Path) -> Failures:
+    """Return the failures of the trial in `folder`."""
     path = folder / FAILURES
     return Failures(**json.loads(path.read_text())) if path.exists() else Failures()
 
 
 def count_failure(folder: Path, allowed: int, why: str) -> Failures:
-    """One more failure of the trial."""
+    """Write one more failure of the trial into its folder, and return all of them. Raises WriteError if it cannot."""
     before = read_failures(folder)
     failures = Failures((before.count if before.allowed == allowed else 0) + 1, allowed, why)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,14 +106,17 @@ def count_failure(folder: Path, allowed: int, why: str) -> Failures:
     return failures
 
 
-def exhausted(folder: Path, allowed: int) -> bool:
-    """Whether the trial has failed as often as it may."""
+def is_exhausted(folder: Path, allowed: int) -> bool:
+    """Return True if the trial has failed `allowed` times."""
     failures = read_failures(folder)
     return failures.allowed == allowed and failures.count >= allowed
 
 
 def select(trials: Sequence[Trial], words: Sequence[str] | None) -> list[Trial]:
-    """The trials whose name (`kernel 3x3x3 seed 0`) holds any of the words; `seed 1` is not in `seed 10`."""
+    """Return the trials whose name (`kernel 3x3x3 seed 0`) holds any of the words; all of them without words.
+
+    `seed 1` does not match `seed 10`. Raises ConfigError if a word matches no trial.
+    """
     if not words:
         return list(trials)
     chosen: set[str] = set()
@@ -112,9 +132,9 @@ def select(trials: Sequence[Trial], words: Sequence[str] | None) -> list[Trial]:
 
 
 def set_aside(trials: Sequence[Trial], output: Path) -> list[Path]:
-    """Make finished trials ones to do: their folders move to <output>/replaced, and failures are forgotten.
+    """Move the folders of finished trials to <output>/replaced, forget failures, and return where the folders are.
 
-    Nothing is moved where one of them is being written: ConfigError.
+    Raises ConfigError if one of the trials is being written.
     """
     for trial in trials:
         if owner := lock.owner_of(trial.folder(output)):
@@ -135,7 +155,10 @@ def set_aside(trials: Sequence[Trial], output: Path) -> list[Path]:
 
 
 def keep_tables(before: Sweep, now: Sweep, output: Path) -> Path | None:
-    """Copy the tables of a sweep aside if the next ones lack trials of theirs; returns where they are then."""
+    """Copy the tables of the sweep `before` aside if those of `now` will lack some of its trials.
+
+    Returns the folder of the copies, or None if nothing was copied.
+    """
     left_out = {trial.id for trial in before.trials} - {trial.id for trial in now.trials}
     folder = now.folder(output)
     tables = [folder / name for name in (SWEEP, FIGURE, *TABLES) if (folder / name).exists()]

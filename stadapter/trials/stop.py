@@ -1,12 +1,13 @@
-"""Ending a sweep gently: its trials write a checkpoint first. And noticing that one has come to a halt by itself.
+"""The gentle end of a sweep, whose trials write a checkpoint first, and the detection of trials that hang.
 
-The first Ctrl-C, SIGTERM or SIGUSR1 leaves a file that the trials look for, wherever on the file system of --output
-they run. The second ends everything at once. A trial of several processes touches a file while it moves.
+The first Ctrl-C, SIGTERM or SIGUSR1 creates a file that every trial looks for on the file system of --output. The
+second ends everything at once. A trial of several processes touches a file while it makes progress.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -23,8 +24,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopSignals:
     """A context in which the first signal calls `on_request`, and a later one raises KeyboardInterrupt.
 
-    Signals within `one_request_s` of the first are the same request. In a thread, where signals cannot be taken, it
-    does nothing.
+    Signals within `one_request_s` of the first count as the same request. Outside the main thread Python can take no
+    signals, and this context does nothing.
     """
 
     def __init__(self, on_request: Callable[[], None], one_request_s: float = 0.0) -> None:
@@ -43,11 +44,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Take the signals, again where a library has taken them since."""
+        """Take the signals. Call it again after a library has taken them."""
         for number in self._before:
             signal.signal(number, self._on_signal)
 
     def asked(self) -> bool:
+        """Return True if a signal has asked for an end."""
         return self.asked_at is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -60,48 +62,58 @@ class StopSignals:
 
 
 def write(descriptor: int, text: str) -> None:
-    """Print from a signal handler: not by `print`, for one may be under way. A terminal that is gone is no matter."""
+    """Print from a signal handler. print() is not safe there: it may be interrupted in the middle of itself.
+
+    Errors are ignored: the terminal may be gone.
+    """
     with contextlib.suppress(OSError):
         os.write(descriptor, text.encode())
 
 
-_LOOK_EVERY_S = 0.2  # of a file system that many nodes share, no more is asked
+_LOOK_EVERY_S = 0.2  # no more often: many nodes share the file system
 _TOUCH_EVERY_S = 5.0
 
 
 class GentleStop:
-    """A context in which the first signal asks for an end, and the second raises KeyboardInterrupt."""
+    """A context in which the first signal asks the trials to end, and the second raises KeyboardInterrupt.
 
-    def __init__(self, folder: Path) -> None:
+    `say` is called in the signal handler with a line to show; by default the line goes to standard output.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] | None = None) -> None:
+        self.say = say or functools.partial(write, 1)
         self.file = folder / f".stop-{socket.gethostname()}-{os.getpid()}"
         self._signals = StopSignals(self._leave_file)
         self.listen = self._signals.listen
 
     @property
     def asked(self) -> bool:
+        """True once a signal has asked for an end."""
         return self._signals.asked()
 
     def __enter__(self) -> GentleStop:
-        self.file.unlink(missing_ok=True)  # of a process that had the same number and was killed
+        self.file.unlink(missing_ok=True)  # left by a killed process with the same number
         self._signals.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._signals.__exit__()
-        with contextlib.suppress(OSError):  # a disk that became read-only: what else it broke is told, not this
+        with contextlib.suppress(
+            OSError
+        ):  # a disk that became read-only; the results that it cost are reported elsewhere
             self.file.unlink(missing_ok=True)
 
     def _leave_file(self) -> None:
-        write(1, "\nstopping: every trial that runs writes a checkpoint first; once more to stop at once\n")
+        self.say("\nstopping: every trial that runs writes a checkpoint first; once more to stop at once\n")
         try:
             self.file.touch()
         except OSError as error:
-            write(1, f"{self.file}: cannot be written ({error.strerror}); stopping at once\n")
+            self.say(f"{self.file}: cannot be written ({error.strerror}); stopping at once\n")
             raise KeyboardInterrupt from None
 
 
 def watch(file: Path) -> Callable[[], bool]:
-    """Whether the file is there, for a loop that asks often."""
+    """Return a function that says if the file exists. It may be called often: the disk is asked every 0.2 s."""
     asked, next_look = False, 0.0
 
     def look() -> bool:
@@ -115,7 +127,7 @@ def watch(file: Path) -> Callable[[], bool]:
 
 
 def moving(look: Callable[[], bool], file: Path) -> Callable[[], bool]:
-    """`look`; whoever asks it often enough has the file touched every few seconds."""
+    """Return `look` with a heartbeat: calling it touches the file, at most every 5 s."""
     next_touch = 0.0
 
     def look_and_touch() -> bool:
@@ -123,7 +135,7 @@ def moving(look: Callable[[], bool], file: Path) -> Callable[[], bool]:
         now = time.monotonic()
         if now >= next_touch:
             next_touch = now + _TOUCH_EVERY_S
-            with contextlib.suppress(OSError):  # a full disk: what else it breaks is told, not this
+            with contextlib.suppress(OSError):  # a full disk; the results that it costs are reported elsewhere
                 file.touch()
         return look()
 
@@ -131,7 +143,7 @@ def moving(look: Callable[[], bool], file: Path) -> Callable[[], bool]:
 
 
 class Standstill:
-    """Seconds for which the file has not been touched, by this machine's clock alone; 0 until it is there."""
+    """A clock that runs while nobody touches the file. It reads this machine's time alone, not the file system's."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -139,6 +151,7 @@ class Standstill:
         self.since: float | None = None  # nothing counts before the first touch that is seen
 
     def seconds(self) -> float:
+        """Return the seconds since the last touch that was seen here; 0 before the first."""
         if (touched := self._touched()) != self.touched:
             self.touched, self.since = touched, time.monotonic()
         return 0.0 if self.since is None else time.monotonic() - self.since

@@ -24,7 +24,7 @@ from stadapter import config, recipes
 from stadapter.cluster.resources import Resources
 from stadapter.config import ConfigError, Recipe, Strategy
 from stadapter.data.lists.formats import load_clips
-from stadapter.data.lists.storage import data_root
+from stadapter.training.flags import add_clips_per_pass, add_data_root, add_set, add_weights, changed_fields
 from stadapter.training.options import GPU_CLIPS_PER_PASS, TrainOptions
 from stadapter.trials import files
 from stadapter.trials.sweep import DEFAULT_OUTPUT
@@ -152,18 +152,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy", choices=typing.get_args(Strategy), help="what is trained (default: what the recipe says)"
     )
     parser.add_argument("--trials", type=int, default=16, metavar="N", help="new trials (default: %(default)s)")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE",
-        help="change a field of the recipe, such as optim.epochs=1; repeatable",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data-root", type=data_root, metavar="FOLDER",
-        help="where the data set lies, or its address (s3://...); the embedded one needs none",
-    )  # fmt: skip
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="backbone weights from this file")
+    add_set(parser)
+    add_data_root(parser)
+    add_weights(parser)
     parser.add_argument("--no-early-stopping", action="store_true", help="train every trial to its end")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="one per trial (default: all that there are)")
-    parser.add_argument("--clips-per-pass", type=int, metavar="N", help="clips in one pass; more are accumulated")
+    add_clips_per_pass(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -187,7 +181,7 @@ def _search_options(options: argparse.Namespace) -> SearchOptions:
         recipe=options.recipe,
         strategy=options.strategy,
         trials=options.trials,
-        fields=dict(config.parse_override(text) for text in options.overrides),
+        fields=changed_fields(options),
         data_root=options.data_root,
         weights=options.weights,
         early_stopping=not options.no_early_stopping,

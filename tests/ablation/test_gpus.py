@@ -1,4 +1,4 @@
-"""What is decided about GPUs before one is touched: with pretended devices, since none is needed to decide."""
+"""Decisions on GPUs before one is touched, tested with pretended devices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import ray
 import torch
 
 from stadapter import config, recipes
-from stadapter.ablation import flags, script
+from stadapter.ablation import script
+from stadapter.ablation.options import SweepOptions
+from stadapter.ablation.prepare import count_gpus, make_resources
 from stadapter.cluster.ray_runtime import Cluster
 from stadapter.cluster.resources import Resources
 from stadapter.model.build import build_model, cast_frozen
@@ -40,8 +42,7 @@ def test_with_gpus_the_default_is_the_papers_recipe_which_asks_for_its_data(
 
 def test_without_gpus_the_paper_recipe_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    options = flags.make_parser("Question?", "width", ["8"]).parse_args([])
-    assert script._num_gpus(options) == 0
+    assert count_gpus(SweepOptions()) == 0
 
 
 def test_more_gpus_than_there_are_is_refused(eight_gpus: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,8 +64,7 @@ def test_trials_at_once_are_what_the_gpus_hold(per_trial: int, at_once: int, mon
 def test_small_trials_share_a_gpu_and_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 8.0})
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    options = flags.make_parser("Question?", "width", ["8"]).parse_args(["--num-gpus", "8", "--trials-per-gpu", "4"])
-    resources = script._resources(options, num_gpus=8)
+    resources = make_resources(SweepOptions(num_gpus=8, trials_per_gpu=4), num_gpus=8)
     assert resources.cpus_per_process == 2
     assert Cluster(resources).trials_at_once() == 32
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import pytest
 import torch
 
 from stadapter import config, recipes
-from stadapter.ablation.gpus import GPUS, gpu_named
-from stadapter.ablation.plan import Memory, Work, compare_with_reality, memory_of, operations, rate_of
+from stadapter.ablation.observer import Outcome
+from stadapter.ablation.plan.estimate import Work, operations, rate_of
+from stadapter.ablation.plan.gpus import GPUS, gpu_named
+from stadapter.ablation.plan.memory import Memory, memory_of
+from stadapter.ablation.progress import planned_and_taken
 from stadapter.config import Recipe
 from stadapter.model.build import build_model
 from stadapter.model.cost import cost_of
@@ -148,7 +152,10 @@ def test_a_rate_is_the_operations_of_finished_trials_over_their_seconds(tmp_path
     made_up.write(sweep, tmp_path, made_up.KERNEL)  # on a device that is neither listed nor this CPU
     assert rate_of([entry(trial, tmp_path)], trial.recipe, None)[0] is None
     write_result(trial.folder(tmp_path), result)
-    assert compare_with_reality(36.0, [trial], tmp_path) == "Planned: 0.01 hours for these 1 trials; taken: 0.00556."
+    outcome = Outcome(sweep, (result,), (), (trial,), False, tmp_path, (), 36.0)
+    assert planned_and_taken(outcome) == "Planned: 0.01 hours for these 1 trials; taken: 0.00556."
+    assert planned_and_taken(dataclasses.replace(outcome, records=(None,))) == ""
+    assert planned_and_taken(dataclasses.replace(outcome, estimate_s=None)) == ""
 
 
 def test_a_frozen_backbone_takes_no_weight_gradients() -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from stadapter.ablation import main
 from stadapter.cluster.ray_runtime import Cluster
 from stadapter.cluster.resources import Resources
 from stadapter.cluster.runner import run_trials
+from stadapter.commands.main import make_parser
 from stadapter.config import Recipe
 from stadapter.training.loop import train
 from stadapter.training.options import TrainOptions
@@ -94,14 +96,13 @@ def test_the_table_is_the_records_mean_and_spread(finished: subprocess.Completed
         assert f"{arm}  {(a + b) / 2:.1f} ± {spread:.1f}" in finished.stdout
 
 
-def test_the_next_commands_to_try_exist(finished: subprocess.CompletedProcess[str]) -> None:
+def test_the_next_commands_to_try_exist(finished: subprocess.CompletedProcess[str], output: Path) -> None:
     tail = finished.stdout.partition("Next:")[2]
-    commands = [line.partition("#")[0].split() for line in tail.splitlines() if line.strip()]
-    assert [words[1] for words in commands] == ["-m", "experiments/ablate_width.py"]
-    assert {Path(words[0]).resolve() for words in commands} == {Path(sys.executable).resolve()}
+    commands = [shlex.split(line, comments=True) for line in tail.splitlines() if line.strip()]
+    assert [words[:2] for words in commands] == [["stadapter", "ui"], ["stadapter", "report"]]
     for words in commands:
-        where = words[1:3] if words[1] == "-m" else words[1:2]
-        subprocess.run([sys.executable, *where, "--help"], check=True, capture_output=True, cwd=ROOT)
+        make_parser().parse_args(words[1:])  # exits where it cannot read it
+    assert commands[1][2:] == ["--output", str(output)]
 
 
 def test_the_csv_leads_from_a_row_to_its_run_folders(output: Path) -> None:

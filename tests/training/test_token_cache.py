@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from stadapter import config
-from stadapter.ablation.plan import rate_of
+from stadapter.ablation.plan.estimate import rate_of
 from stadapter.commands.main import main as command
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data import clips as clips_module

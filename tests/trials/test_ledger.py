@@ -5,7 +5,6 @@ Faults that happen to whole sweeps: tests/faults.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import fcntl
@@ -21,8 +20,10 @@ from typing import Any
 import made_up
 import pytest
 
-from stadapter.ablation.launch import Launch, Request
-from stadapter.ablation.progress import Terminal
+from stadapter.ablation.launch import Launch
+from stadapter.ablation.observer import Silent
+from stadapter.ablation.options import SweepOptions
+from stadapter.ablation.prepare import Request
 from stadapter.cluster.failure import write_error
 from stadapter.config import ConfigError, Recipe, replace
 from stadapter.trials import files, lock, record, status
@@ -77,10 +78,10 @@ def test_force_keeps_the_old_record_and_forgets_failures(tmp_path: Path) -> None
 
 def test_failures_are_counted_over_launches_and_anew_under_another_limit(tmp_path: Path) -> None:
     status.count_failure(tmp_path, 2, "first")
-    assert not status.exhausted(tmp_path, 2)
+    assert not status.is_exhausted(tmp_path, 2)
     status.count_failure(tmp_path, 2, "second")
-    assert status.exhausted(tmp_path, 2)
-    assert not status.exhausted(tmp_path, 3)
+    assert status.is_exhausted(tmp_path, 2)
+    assert not status.is_exhausted(tmp_path, 3)
     assert status.count_failure(tmp_path, 3, "third") == status.Failures(1, 3, "third")
 
 
@@ -157,29 +158,31 @@ def test_a_live_owner_on_another_machine_is_left_alone_until_it_falls_silent(tmp
         pass
 
 
-def test_without_flock_the_lock_of_a_machine_that_went_down_is_taken_away_when_it_has_fallen_silent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_file_system_without_flock_is_refused_in_one_line_and_nothing_is_written(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     def no_flock(*arguments: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
+    folder, locks = tmp_path / "trials" / "abc", tmp_path / "locks"
+    if is_there:  # from a machine that mounts it with flock
+        locks.mkdir()
+        (locks / "abc.lock").touch()
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    folder, owner = tmp_path / "trials" / "abc", tmp_path / "locks" / "abc.owner"
-    owner.parent.mkdir()
-    files.write_json(owner, {"host": "node7", "pid": 1, "command": "x", "machine": "another", "token": "t"})
-    held = owner.with_suffix(".lock")
-    held.write_text("1\nnode7\n")
-    with pytest.warns(UserWarning, match="flock not supported"):
-        with pytest.raises(lock.Busy, match="process 1 on node7"), lock.writing(folder):
-            pass
-        silent = time.time() - 2 * lock.SILENT_S
-        for path in (owner, held):
-            os.utime(path, (silent, silent))
-        with lock.writing(folder):
-            assert str(os.getpid()) in held.read_text()
-            with pytest.raises(lock.Busy, match=f"process {os.getpid()} on"), lock.writing(folder):
-                pass
-    assert not list(owner.parent.iterdir())
+    with (
+        pytest.raises(ConfigError, match=r"no file locks.*choose an --output on another one"),
+        lock.writing(folder),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="or have it mounted with flock or localflock"):
+        lock.check_flock(locks)
+    assert {path.name for path in locks.iterdir()} <= {"abc.lock"}
+    assert not folder.exists() and not recwarn.list
+    monkeypatch.undo()
+    lock.check_flock(locks)
+    with lock.writing(folder):
+        pass
 
 
 # --- asking for an end
@@ -228,10 +231,8 @@ def test_a_full_disk_is_told_in_one_line_and_does_not_break_into_ray(small_disk:
             file.write(b"x" * 4096)
     why = write_error(trial.folder(small_disk), files.WriteError(small_disk / "x", 1, OSError(errno.ENOSPC, "full")))
     assert why.startswith(f"{small_disk / 'x'}: cannot be written (full")
-    options = argparse.Namespace(max_failures=2)
-    launched = Launch(
-        Request(sweep, [trial], frozenset(), small_disk, options), Terminal(sweep, 0), None, GentleStop(small_disk)
-    )
+    request = Request(sweep, [trial], frozenset(), small_disk, SweepOptions(max_failures=2))
+    launched = Launch(request, Silent(), None, GentleStop(small_disk))
     launched.event("failed", trial, {"message": why})
     assert isinstance(launched.unwritten, files.WriteError)  # raised when the round is over
 

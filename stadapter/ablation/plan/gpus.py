@@ -1,8 +1,8 @@
-"""What the vendor says of the GPUs that a sweep can be planned for.
+"""Memory and peak rates, by the vendor's data sheets, of the GPUs that a sweep can be planned for.
 
 Memory is the nominal size. Rates are peaks in 10^12 operations per second: dense matrix products with float32
 accumulation (a data sheet's figure "with sparsity" is halved), and float32 without TF32, as PyTorch computes it unless
-told otherwise. None: the GPU has no such unit.
+told otherwise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; `words` are all in the name that the driver gives it."""
+    """A GPU. The name that its driver gives it holds all of `words`."""
 
     memory_gib: int
     half_tflops: float  # float16, on tensor cores
@@ -38,7 +38,7 @@ DEFAULT_GPU = "a100-80gb"
 
 
 def gpu_named(device: str) -> str | None:
-    """The entry for a device as the driver names it, such as `NVIDIA A100-SXM4-80GB`; None if it is not listed."""
+    """Return the entry of a device that the driver names, such as `NVIDIA A100-SXM4-80GB`; None if it is not listed."""
     parts = device.replace("-", " ").split()
     for name, gpu in GPUS.items():
         if all(word in parts or (" " in word and word in device) for word in gpu.words):
