@@ -9,9 +9,11 @@ import argparse
 import sys
 
 from stadapter.ablation.exit_codes import DONE, exit_code_of
+from stadapter.ablation.flags import add_output
 from stadapter.commands import data, models, report, submit, sweeps
 from stadapter.commands.parsers import Commands, add_parser
 from stadapter.commands.train import add_train
+from stadapter.tuning import tune
 from stadapter.version import __version__
 
 EPILOG = """\
@@ -73,11 +75,24 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_report(each)
     sweeps.add_ui(each)
     sweeps.add_sync(each)
-    sweeps.add_tune(each)
+    add_tune(each)
     data.add_check(each)
     each.add_parser("submit", help="run a script on Slurm, Ray or Kubernetes", add_help=False)
     add_completion(each)
     return parser
+
+
+def add_tune(commands: Commands) -> None:
+    """Add `tune`."""
+    parser = commands.add_parser(
+        "tune",
+        help="search for optimiser settings",
+        description="Search learning rate, weight decay, warm-up and dropout on the validation split with Optuna. "
+        "Trials of the --output that finished before are known to the search.",
+    )
+    tune.add_arguments(parser)
+    add_output(parser)
+    parser.set_defaults(run=tune.run)
 
 
 def add_completion(commands: Commands) -> None:

@@ -1,4 +1,4 @@
-"""The commands on sweeps: plan, status, table, ui, sync; and tune, the search for settings."""
+"""The commands on sweeps: plan, status, table, ui, sync."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from stadapter.results import table
 from stadapter.trials import status
 from stadapter.trials.files import without_passwords
 from stadapter.trials.sweep import load_sweep, records, sweep_folders
-from stadapter.tuning import tune
 
 DEFAULT_UI_PORT = 5000
 
@@ -77,19 +76,6 @@ def add_sync(commands: Commands) -> None:
     add_store(parser)
     add_output(parser)
     parser.set_defaults(run=_sync)
-
-
-def add_tune(commands: Commands) -> None:
-    """Add `tune`."""
-    parser = commands.add_parser(
-        "tune",
-        help="search for optimiser settings",
-        description="Search learning rate, weight decay, warm-up and dropout on the validation split with Optuna. "
-        "Trials of the --output that finished before are known to the search.",
-    )
-    tune.add_arguments(parser)
-    add_output(parser)
-    parser.set_defaults(run=tune.run)
 
 
 def _plan(options: argparse.Namespace) -> int:

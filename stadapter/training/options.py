@@ -5,17 +5,15 @@ Light to import, since command lines print these defaults in their help.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from stadapter.config import ConfigError
 from stadapter.data.lists.storage import DEFAULT_LOCAL_COPIES_GB
 from stadapter.data.reader import DEFAULT_TIME_LIMIT_S
 from stadapter.data.video.decoding import Backend
-
-if TYPE_CHECKING:
-    from stadapter.data.clips import RemoteLoader
 
 GPU_CLIPS_PER_PASS = 64  # the authors' batch per GPU
 DEFAULT_CHECKPOINT_EVERY_S = 600.0  # within an epoch
@@ -35,7 +33,9 @@ class TrainOptions:
     local_copies_gb: float = DEFAULT_LOCAL_COPIES_GB  # on this node's disk, of clips that lie at addresses
     decoder: Backend = "auto"
     cache_gb: float = 0  # decoded frames on this node's disk; 0 keeps none
-    remote_loader: RemoteLoader | None = None  # makes batches on other machines, in place of loader processes
+    # Makes batches on other machines, in place of loader processes: a `data.clips.RemoteLoader`, whose module loads
+    # torch.
+    remote_loader: Callable[..., Iterable[dict[str, Any]]] | None = None
     checkpoint_every_s: float = DEFAULT_CHECKPOINT_EVERY_S  # within an epoch; 0: every step
     token_cache_gb: float = 0  # tokens behind frozen blocks, on this node's disk; 0 keeps none
     recompute: bool = False  # the MLPs' activations in the backward pass: less memory, more time, the same bits

@@ -1,6 +1,6 @@
 """Decoding in a separate process, for a library that crashes on some files: the clip is lost, the training goes on.
 
-    parent                              child (python -m stadapter.data.video.decoder_process FD)
+    parent                              child (python -m stadapter.data.video.decoder_child FD)
     path, backend, short_side    ->
                                  <-     ("total", number of frames)    where the request is a function of it
     indices                      ->
@@ -13,22 +13,19 @@ copy of the frames through a socket.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from stadapter.data.video.decoding import Backend, ClipError, decode
-from stadapter.data.video.packets import Indices, PathLike
+from stadapter.data.video.packets import ClipError, Indices, PathLike
 
 _child: tuple[subprocess.Popen[bytes], Any] | None = None  # the process, and this end of the socket to it
 
 
-def decode_apart(path: PathLike, indices: Indices, *, backend: Backend, short_side: int | None = None) -> np.ndarray:
+def decode_apart(path: PathLike, indices: Indices, *, backend: str, short_side: int | None = None) -> np.ndarray:
     """Return frames as `decode` does. Raises ClipError after a crash, too."""
     connection = _start()
     try:
@@ -65,38 +62,10 @@ def _start() -> Any:
     global _child
     if _child is None:
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "stadapter.data.video.decoder_process", str(theirs.fileno())]
+        command = [sys.executable, "-m", "stadapter.data.video.decoder_child", str(theirs.fileno())]
         # The package may be where only this process looks for it, as on a Ray worker.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         theirs.close()  # or its end would never be seen
         _child = process, ours
     return _child[1]
-
-
-def _serve(connection: Any) -> None:
-    while True:
-        try:
-            path, indices, backend, short_side = connection.recv()
-        except EOFError:  # the parent ended
-            return
-
-        def ask(total: int) -> list[int]:
-            connection.send(("total", total))
-            return connection.recv()
-
-        try:
-            answer: tuple[str, Any] = (
-                "frames",
-                decode(path, ask if indices is None else indices, backend=backend, short_side=short_side),
-            )
-        except EOFError:
-            return
-        except Exception as error:  # libraries raise errors of all types
-            answer = ("error", str(error) if isinstance(error, ClipError) else f"{path}: {error}")
-        connection.send(answer)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    _serve(Connection(int(sys.argv[1])))

@@ -8,6 +8,7 @@ are known to be exact, and leave the others to `pyav` (see `exact_backends`).
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -35,7 +36,22 @@ def check_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise ConfigError(f"--decoder {backend}: must be one of {', '.join(get_args(Backend))}")
     if backend in exact_backends.LIBRARIES:
-        exact_backends.load(backend)
+        _load(backend)
+
+
+def _load(library: str) -> Any:
+    """Return the module of a library. Raises ConfigError, which says how to get it, if it does not load."""
+    try:
+        return importlib.import_module(exact_backends.LIBRARIES[library])
+    except ImportError:
+        raise ConfigError(
+            f"--decoder {library}: it is not installed; pip install {library}, or use --decoder auto"
+        ) from None
+    except (RuntimeError, OSError):
+        raise ConfigError(
+            f"--decoder {library}: it does not start; it needs FFmpeg's libraries (apt-get install ffmpeg) and "
+            "a release made for the installed torch; or use --decoder auto"
+        ) from None
 
 
 def decode(path: PathLike, indices: Indices, *, backend: Backend = "auto", short_side: int | None = None) -> np.ndarray:
@@ -51,7 +67,7 @@ def decode(path: PathLike, indices: Indices, *, backend: Backend = "auto", short
         # A request that draws random numbers is made once, whichever readers it takes to answer it.
         indices = functools.cache(indices)
     if backend in exact_backends.LIBRARIES and short_side is None:
-        frames = exact_backends.decode_where_exact(path, indices, backend)
+        frames = exact_backends.decode_where_exact(path, indices, backend, _load(backend))
         if frames is not None:
             return frames
     return _decode_pyav(path, indices, short_side)

@@ -8,13 +8,11 @@ Both convert the colours of interlaced pictures otherwise than FFmpeg's scaler d
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
 import numpy as np
 
-from stadapter.config import ConfigError
 from stadapter.data.video.packets import (
     ClipError,
     Indices,
@@ -29,24 +27,8 @@ LIBRARIES = {"decord": "decord", "torchcodec": "torchcodec.decoders"}
 _CODECS = {"h264", "hevc", "vp9"}
 
 
-def load(library: str) -> Any:
-    """Return the module of a library. Raises ConfigError, which says how to get it, if it does not load."""
-    try:
-        return importlib.import_module(LIBRARIES[library])
-    except ImportError:
-        raise ConfigError(
-            f"--decoder {library}: it is not installed; pip install {library}, or use --decoder auto"
-        ) from None
-    except (RuntimeError, OSError):
-        raise ConfigError(
-            f"--decoder {library}: it does not start; it needs FFmpeg's libraries (apt-get install ffmpeg) and "
-            "a release made for the installed torch; or use --decoder auto"
-        ) from None
-
-
-def decode_where_exact(path: PathLike, indices: Indices, library: str) -> np.ndarray | None:
+def decode_where_exact(path: PathLike, indices: Indices, library: str, module: Any) -> np.ndarray | None:
     """Return frames as `decoding.decode` does, or None for a file on which the library cannot be trusted."""
-    module = load(library)
     with open_video(path) as (container, stream):
         found = read_packets(path, container, stream)
         context = stream.codec_context
