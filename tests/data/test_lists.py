@@ -363,11 +363,19 @@ def test_a_csv_with_names_numbers_them_over_the_training_list(tmp_path: Path) ->
         ("path,class\na.mp4,1\n", r"train.csv:1: the header has no column 'label'"),
         ("path,label\na.mp4,0\na.mp4,7\n", r"train.csv:3: label 7 is outside 0 ... 2"),
         ("path,label\na.mp4\n", r"train.csv:2: must have a path and a label"),
+        ('path,label\na.mp4,"up, down"\na.mp4,up, left\n', r"train.csv:3: has more values .*' left'.* double quotes"),
     ],
 )
 def test_a_malformed_csv_names_file_and_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_clips(config("list"), listed(tmp_path, text), "train")
+
+
+def test_a_surplus_value_in_a_published_list_names_file_and_line(tmp_path: Path) -> None:
+    with open(kinetics(tmp_path) / "train.csv", "a") as file:
+        file.write("zumba, slow,ddddddddddd,1,11,train\n")
+    with pytest.raises(ConfigError, match=r"train.csv:4: has more values than the header"):
+        load_clips(config("kinetics400"), tmp_path, "train")
 
 
 def test_a_list_that_is_not_utf8_is_a_config_error(tmp_path: Path) -> None:

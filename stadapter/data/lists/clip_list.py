@@ -81,13 +81,22 @@ def check_labels(label: tuple[int, ...], config: DataConfig, where: str) -> None
 
 
 def read_csv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line number, row) of a CSV file. Raises ConfigError if its header does not name `columns`."""
+    """Yield (line number, row) of a CSV file.
+
+    Raises ConfigError if the header does not name `columns`, or if a row has more values than the header: an unquoted
+    comma would shorten names of classes into one another.
+    """
     try:
         with storage.open_text(path) as file:
             rows = csv.DictReader(file)
             if missing := [name for name in columns if name not in (rows.fieldnames or ())]:
                 raise ConfigError(f"{path}:1: the header has no column '{missing[0]}'")
             for row in rows:
+                if surplus := row.pop(None, None):  # csv keeps under None the values without a column
+                    raise ConfigError(
+                        f"{path}:{rows.line_num}: has more values than the header has columns (behind the last one: "
+                        f"'{','.join(surplus)}'); put values that hold a comma in double quotes"
+                    )
                 yield rows.line_num, row
     except FileNotFoundError:
         raise ConfigError(f"{path}: the file is missing; it comes with the data set") from None
