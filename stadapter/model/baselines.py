@@ -2,8 +2,8 @@
 
 Every module but the prompts starts as an exact zero beside the frozen model, so that the other strategies start from
 the same function. Frame embeddings start at random, behind a map that starts at zero: an embedding of zeros hides the
-order of frames and gets next to no gradient (direction accuracy stayed at exactly 50 %). Where the paper leaves a choice
-open, the class gives ours and the reason.
+order of frames and gets next to no gradient (direction accuracy stayed at exactly 50 %). Where the paper leaves a
+choice open, the class gives ours and the reason.
 
 `stadapter.strategies` names these classes and defines `part`, `build`, `from_config` and the MAC counts.
 `seeded(block)` opens the random stream of a block, `seeded()` that of the whole strategy.

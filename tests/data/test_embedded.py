@@ -1,4 +1,4 @@
-"""The embedded video world: balance, determinism, files, and that no frame tells which way time runs."""
+"""The embedded video world: balance, determinism, files, and single frames that hide the direction of time."""
 
 import csv
 import hashlib
@@ -61,7 +61,7 @@ def test_the_second_class_of_a_pair_is_the_first_one_backwards(pair: int) -> Non
 
 
 def test_first_and_last_frames_of_a_pair_are_distributed_alike() -> None:
-    """Over many clips, where class 2p starts is where class 2p + 1 ends, and the sets of frames agree in the mean."""
+    """Over many clips, class 2p starts where class 2p + 1 ends, and the sets of frames agree in the mean."""
 
     def positions(motion: int) -> np.ndarray:
         return np.stack(

@@ -1,3 +1,5 @@
+"""Lists of clips, as published and as users write them."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,7 +22,7 @@ def config(dataset: str, num_classes: int = 3) -> DataConfig:
 
 
 def touch(root: Path, *paths: str) -> None:
-    """Readers look for files, and do not open them."""
+    """Write an empty file: the readers look for files and do not open them."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()

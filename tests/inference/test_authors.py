@@ -1,4 +1,4 @@
-"""The authors' checkpoints become files of this package and come back: the same logits, and the same bits."""
+"""The authors' checkpoints converted to files of this package and back: equal logits and equal bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters in other people's vision transformers: the recipe's numbers, in a module that works as before."""
+"""Adapters in other libraries' vision transformers: the recipe's numbers, in a module that works as before."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def adapted(name: str = "timm", **options: Any) -> nn.Module:
 
 
 def recipe_name(name: str) -> str:
-    """`blocks.1.st_adapters.before.down.weight` -> `before.1.down.weight`, as the recipe's model has it."""
+    """Return `before.1.down.weight`, the name in the recipe's model, for `blocks.1.st_adapters.before.down.weight`."""
     block, place, rest = name.partition("blocks.")[2].replace("st_adapters.", "").split(".", 2)
     return f"{place}.{block}.{rest}"
 
@@ -140,7 +140,7 @@ def recipe_name(name: str) -> str:
 
 
 def recipes_model(vit: Any, library: str, adapter: AdapterConfig) -> VideoClassifier:
-    """The recipe's model with the weights and adapters of this one."""
+    """Return the recipe's model with the weights and adapters of a library's model."""
     if library == "timm":
         plain = remove_st_adapters(copy.deepcopy(vit))
         shape, state = _timm_shape(library, plain, quick_gelu=False), from_timm(plain.state_dict())
