@@ -315,7 +315,7 @@ def test_an_archive_is_of_the_commit_and_only_of_it(checkout: Path, capsys: pyte
 def test_kubectl_gets_the_manifest_and_is_asked_by_name(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for kubectl: there is no Kubernetes cluster."""
+    """kubectl is a stand-in: there is no Kubernetes cluster here."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "kubectl").write_text(f'#!/bin/sh\necho "$*" >> {tools}/said\necho Running RUNNING\n')

@@ -28,7 +28,7 @@ COMMANDS = (
 
 
 def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Return every command with its parser."""
+    """Yield every command with its parser."""
     (deeper,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)] or [None]
     if deeper is None:
         yield name, parser
