@@ -18,7 +18,7 @@ from stadapter.training.options import TrainOptions
 
 
 def pytest_configure() -> None:
-    # pytest-xdist's workers ignore Ctrl-C, and what they start would, too.
+    # pytest-xdist's workers ignore Ctrl-C, and so would their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -202,7 +202,7 @@ WORDS = {
     "ablate_kernel": ("1", "3x3x3"),
     "ablate_placement": ("before_mhsa", "parallel"),
     "ablate_width": ("/2", "x1"),
-    "compare_pretraining": ("random",),  # what is downloaded, or comes with the package, is not small
+    "compare_pretraining": ("random",),  # the other weights are downloaded or not small
     "compare_strategies": ("st_adapter", "full_space_time"),
 }
 

@@ -298,7 +298,7 @@ def test_every_field_of_the_manifest_is_one_of_kuberay_s_definition(
     manifest["spec"]["backoffLimit"] = "10"
     manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["container"] = []
     del manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
-    assert len(misfits(manifest, fields)) == 3  # the check finds what is wrong
+    assert len(misfits(manifest, fields)) == 3  # the check finds every misfit
 
 
 def test_an_archive_is_of_the_commit_and_only_of_it(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,7 @@ def test_still_images_name_their_digits_and_patches() -> None:
 
 
 def test_numbers_of_older_worlds_and_weights_are_not_mistaken_for_new_ones() -> None:
-    # A trial is found again by its recipe and RESULTS_VERSION. Whoever changes the world or its backbone changes what
-    # the embedded recipes give, and raises RESULTS_VERSION with this line.
+    # A trial is found again by its recipe and RESULTS_VERSION. A change of the world or its backbone changes the
+    # embedded recipes' numbers: raise RESULTS_VERSION, and change this line with it.
     digest = hashlib.sha256(EMBEDDED_WEIGHTS.read_bytes()).hexdigest()[:12]
     assert (RESULTS_VERSION, embedded_rendering.WORLD_VERSION, digest) == (1, 2, "e899c1d43c7f")

@@ -176,7 +176,7 @@ def test_a_full_cache_stays_within_its_limit_and_changes_no_frame(make: Callable
     assert 0 < make(limit).used_bytes() <= limit
     decoder = Decoder()
     cache.read(video, [0, 1, 2], decoder)
-    assert not decoder.asked  # what is in stays in
+    assert not decoder.asked  # cached frames stay cached
 
 
 def test_a_new_data_set_takes_the_room_of_an_old_one(make: Callable[..., ClipCache], video: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_folder_without_clips_is_a_config_error(tmp_path: Path) -> None:
         load_clips(config("folder"), tmp_path, "train")
 
 
-# --- what holds for all
+# --- all formats
 
 
 @pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "epic_kitchens100", "folder"])

@@ -106,7 +106,7 @@ def test_the_published_layouts_are_the_authors_recipes(recipe: Recipe) -> None:
     assert authors.recipe_of(our_names(published(recipe)), None, "theirs.pth") == recipe
 
 
-# --- what cannot work
+# --- refusals
 
 
 def refuse_reading(tmp_path: Path, why: str, base: Recipe | None, change: Any) -> None:

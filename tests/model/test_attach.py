@@ -259,7 +259,7 @@ def test_the_same_module_comes_back_with_only_the_adapters_trained() -> None:
     vit = make("timm")
     names = set(vit.state_dict())
     assert add_st_adapters(vit, T, 8, blocks=(0, 2)) is vit
-    assert names < set(vit.state_dict())  # those of the backbone are what they were
+    assert names < set(vit.state_dict())  # the backbone's names are unchanged
     trained = {name for name, parameter in vit.named_parameters() if parameter.requires_grad}
     assert trained == set(adapter_state(vit)) == set(vit.state_dict()) - names
     assert {name.split(".")[1] for name in trained} == {"0", "2"}
@@ -356,7 +356,7 @@ def test_the_number_of_frames_can_change_between_calls() -> None:
     assert torch.equal(by_two, vit(images()))
 
 
-# --- what cannot work
+# --- refusals
 
 
 def refused(why: str, *arguments: Any, vit: nn.Module | None = None, **options: Any) -> None:
