@@ -1,1 +1,1 @@
-"""Timings and memory figures. Run each from the repository's root: `python -m benchmarks.data`."""
+"""Measurements of time and memory. Run each from the repository's root, as in `python -m benchmarks.data`."""

@@ -1,11 +1,11 @@
-"""From file to pixels, against the plain way: time per clip on one core, peak memory, and whether pixels are equal.
+"""Reading clips, against the plain way: time per clip on one core, peak memory, and equality of pixels.
 
     python -m benchmarks.data
 
 Every method runs once per round, one after the other, so that a busy machine slows all of them alike; times are
-medians of this process's CPU seconds. (Trainings run decord in a process apart, which costs a copy of the frames
-more: here it runs in this one.) A ratio is the plain way's time over ours. "lean" is the
-reference that picks frames before it converts and resizes them; see plain.py.
+medians of this process's CPU seconds. (decord runs in this process; trainings run it in a separate one, which costs one
+more copy of the frames.) A ratio is the plain way's time over ours. "lean" is the reference that picks frames before it
+converts and resizes them; see reference_decoding.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def ours(config: DataConfig, resize: Resize, *, train: bool, reading: Reading) -
 
     def run(path: Path, number: int) -> Tensor:
         clips = ClipList(config.dataset, "train", str(path.parent), [path.name], [0], [False], ("a",))
-        # Drawn as for epoch `number` of a training with seed 0.
+        # Random numbers as in epoch `number` of a training with seed 0.
         dataset = ClipDataset(clips, config, seed=0, train=train, reading=reading)
         return dataset[number, 0]["pixels"] if train else dataset[0]["pixels"]
 
@@ -108,7 +108,10 @@ def _has_torchcodec() -> bool:
 
 
 def measure(ways: dict[str, Pixels], paths: list[Path], rounds: int) -> dict[str, float]:
-    """Median CPU milliseconds per clip of every way, interleaved; the first round warms up and fills the cache."""
+    """Return the median CPU milliseconds per clip of every way.
+
+    The ways are interleaved; the first round warms up and fills the cache.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for path in paths:
@@ -124,8 +127,8 @@ def measure(ways: dict[str, Pixels], paths: list[Path], rounds: int) -> dict[str
 
 
 def peak_mib(run: Pixels, path: Path) -> float:
-    """How far the resident memory of this process rises above what it was, while a clip is made."""
-    run(path.with_name("short.mp4"), 0)  # what libraries allocate once
+    """Return by how many MiB the resident memory of this process rises while it reads a clip."""
+    run(path.with_name("short.mp4"), 0)  # let libraries allocate what they keep
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status_kib("VmRSS")
     run(path, 0)
@@ -145,7 +148,7 @@ PEAKS: dict[str, Callable[[], Pixels]] = {
 
 
 def compare(path: Path) -> tuple[float, list[str]]:
-    """The largest difference between `exact` and the plain way in normalised units, and what is printed of it."""
+    """Return the largest difference between `exact` and the plain way, in normalised units, and lines to print."""
     worst, lines = 0.0, []
     triples = {
         "3 temporal views": (reference_decoding.test_pixels(path, KINETICS), *_both(KINETICS, path)),

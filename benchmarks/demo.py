@@ -1,12 +1,11 @@
-"""How much of `make demo` is neither training nor testing.
+"""The share of `make demo` that is neither training nor testing.
 
     python -m benchmarks.demo
 
-Runs the command of `make demo` into a fresh folder, with an MLflow store of its own, and watches it from outside.
-Inside is the time in which at least one trial was between its record's `started` and `finished`: its steps, its
-validations, its test and its checkpoints, but also the making of its model. All else is outside: interpreters, imports,
-checks, Ray, MLflow, the clips where they are not rendered yet, the table. The exit code is 1 if the share outside
-misses its target.
+Runs the command of `make demo` into a new folder with a new MLflow store, and times its output. "Inside" is the time in
+which at least one trial was between its record's `started` and `finished`: making its model, its steps, validations,
+checkpoints and test. The rest is "outside": interpreters, imports, checks, rendering of missing clips, Ray, MLflow, the
+table. The exit code is 1 if the share outside misses its target.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ Span = tuple[float, float]  # began, ended; seconds since 1970
 
 @dataclass(frozen=True)
 class Share:
-    """Seconds of a command's wall time."""
+    """The wall time of a command in parts, in seconds."""
 
     total: float
     inside: float  # at least one trial ran
-    before: float  # the first trial
+    before: float  # until the first trial
     between: float
-    after: float  # the last one
+    after: float  # since the last trial
 
     @property
     def outside(self) -> float:
@@ -47,7 +46,7 @@ class Share:
 
 
 def share_of(command: Span, trials: Sequence[Span]) -> Share:
-    """How a command's time divides. ValueError where a trial did not run within it, or where there is none."""
+    """Divide the time of a command. Raises ValueError if there is no trial, or one that ran outside the command."""
     began, ended = command
     ordered = sorted(trials)
     if not ordered or any(not began <= start <= end <= ended for start, end in ordered):
@@ -61,7 +60,7 @@ def share_of(command: Span, trials: Sequence[Span]) -> Share:
 
 
 def run(command: list[str]) -> tuple[Span, list[tuple[float, str]]]:
-    """Runs the command, prints what it says; when it began and ended, and when it said each line."""
+    """Run a command and pass its output on. Returns its begin and end, and the time and text of each line."""
     lines = []
     began = time.time()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -77,7 +76,7 @@ def run(command: list[str]) -> tuple[Span, list[tuple[float, str]]]:
 
 
 def stages(command: Span, lines: Sequence[tuple[float, str]], trials: Sequence[Span]) -> list[tuple[str, float]]:
-    """What is outside, before the first trial and after the last one, by when the command said what."""
+    """Return the stages before the first and after the last trial with their seconds, by the times of output."""
     said = {word: next(at for at, text in lines if text.startswith(word)) for word in ("recipe ", "running ", "arm ")}
     first, last = min(start for start, _ in trials), max(end for _, end in trials)
     at = [command[0], said["recipe "], said["running "], first]

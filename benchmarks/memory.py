@@ -1,9 +1,9 @@
-"""Resident memory over many random opens: a reader that leaks a little per file ends a long training.
+"""Resident memory over many random opens: a small leak per file would end a long training.
 
     python -m benchmarks.memory                      # 100,000 opens through every decoder
     python -m benchmarks.memory --opens 2000 --decoder pyav
 
-Growth is counted from a tenth of the opens on, when libraries have allocated what they keep.
+Growth is counted after a tenth of the opens, when libraries have allocated the memory that they keep.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FILES, _SAMPLES = 16, 20
 
 
 def write_files(folder: Path) -> list[Path]:
-    """Small videos of many lengths and sizes, the last one damaged: errors must not leak either."""
+    """Write small videos of many lengths and sizes. The last one is damaged: errors must not leak either."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{number}.mp4" for number in range(_FILES)]
     for number, path in enumerate(paths):
@@ -48,7 +48,7 @@ def write_files(folder: Path) -> list[Path]:
 
 
 def resident_mib(opens: int, way: str, paths: list[Path], show: Callable[[str], None] = lambda _: None) -> list[float]:
-    """MiB of this process after each twentieth of the opens; `show` is told each."""
+    """Return the resident MiB of this process after each twentieth of the opens, passing each to `show`."""
     rng = np.random.default_rng(1)
     cache = ClipCache(paths[0].parent, GB, decode_settings("auto", None), paths[0].parent / "cache")
     found = []
@@ -69,7 +69,7 @@ def resident_mib(opens: int, way: str, paths: list[Path], show: Callable[[str], 
 
 
 def growth_mib(resident: list[float]) -> float:
-    """From a tenth of the way to the end."""
+    """Return by how many MiB memory grew from a tenth of the opens to the end."""
     return resident[-1] - resident[len(resident) // 10]
 
 

@@ -1,7 +1,7 @@
-"""The plain way from a video file to pixels, to measure against, and the clips to measure on.
+"""The reference way from a video file to pixels, and the clips to measure on.
 
-Decode every frame, convert and resize all of them in float, then pick. The lean way picks before it converts and
-resizes: it is what is left to win by decoding less.
+The plain way decodes every frame, converts and resizes all of them in float, then picks. The lean way picks before it
+converts and resizes: only decoding fewer frames can beat it.
 
 Shapes: N frames in the file, T sampled frames, V views, S = frame_size. Pixels are float32 around [0, 1].
 """
@@ -24,8 +24,10 @@ FPS, SECONDS, HEIGHT, WIDTH = 30, 10, 256, 340
 
 
 def write_clip(path: Path, seed: int, seconds: float = SECONDS) -> Path:
-    """340x256 H.264 as `ffmpeg` makes it by default: a camera that pans over a photograph, an object that moves on its
-    own, noise."""
+    """Write a clip of 340x256 pixels, H.264 as `ffmpeg` encodes it by default, and return its path.
+
+    A camera pans over a photograph with a moving object and noise.
+    """
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(seed)
@@ -51,7 +53,7 @@ def write_clip(path: Path, seed: int, seconds: float = SECONDS) -> Path:
 
 
 def test_pixels(path: Path, config: DataConfig) -> Tensor:
-    """[V, T, 3, S, S], spatial views fastest."""
+    """Return the test views of a clip, [V, T, 3, S, S], spatial views fastest."""
     size = config.frame_size
     pixels_N = _short_side(_as_float(_decode(path)), size)
     crops = spatial_crops(pixels_N.shape[-2], pixels_N.shape[-1], size, config.test_spatial_views)
@@ -63,11 +65,11 @@ def test_pixels(path: Path, config: DataConfig) -> Tensor:
     return torch.stack(views)
 
 
-test_pixels.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
+test_pixels.__test__ = False  # type: ignore[attr-defined]  # pytest would collect this name
 
 
 def train_pixels(path: Path, config: DataConfig, seed: int, *, lean: bool = False) -> Tensor:
-    """[T, 3, S, S] of dense sampling, short-side jitter, random crop and flip, drawn as `stadapter` draws them."""
+    """Return training frames [T, 3, S, S]: dense sampling, jittered short side, crop, flip, drawn as in `stadapter`."""
     assert config.sampling == "dense" and config.short_side_jitter is not None
     rng = np.random.default_rng(seed)
     size, (low, high) = config.frame_size, config.short_side_jitter
@@ -89,7 +91,7 @@ def train_pixels(path: Path, config: DataConfig, seed: int, *, lean: bool = Fals
 
 
 def _decode(path: Path) -> np.ndarray:
-    """uint8 [N, H, W, 3]."""
+    """Return every frame of a video, uint8 [N, H, W, 3]."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])

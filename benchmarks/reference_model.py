@@ -1,7 +1,7 @@
-"""The video classifier as one would first write it: the reference that `benchmarks.step` measures the package against.
+"""The video classifier written plainly: the reference for `benchmarks.step` and `benchmarks.token_cache`.
 
 Every token goes through every layer, the adapter permutes its bottleneck for a Conv3d and back, attention is PyTorch's,
-and QuickGELU is written as its formula. Frozen parameters ask for no gradient; nothing else is done for speed.
+and QuickGELU is its formula. Frozen parameters require no gradient; nothing else is done for speed.
 
 Shapes: B clips, T frames, M = B * T images, N patches, S = 1 + N tokens (CLS first), D width, C bottleneck, K classes.
 """
@@ -56,10 +56,10 @@ class PlainBlock(nn.Module):
 
 
 class PlainClassifier(nn.Module):
-    """Pixels, uint8 [B, T, 3, H, W] -> logits [B, K]: an adapter before the attention of the blocks that have one."""
+    """The plain classifier: pixels, uint8 [B, T, 3, H, W], to logits [B, K], with adapters before attention."""
 
     def __init__(self, model: VideoClassifier, bottleneck_width: int, kernel_size: tuple[int, int, int]) -> None:
-        """With the weights of `model`, and frozen where it is."""
+        """Copy the weights of `model`, and which of them are frozen."""
         super().__init__()
         shape = model.vit.shape
         self.mean, self.std = model.mean_311, model.std_311

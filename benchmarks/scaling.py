@@ -2,9 +2,11 @@
 
     python -m benchmarks.scaling
 
-Measured is the training loop itself (`stadapter.training.loop`) on the embedded model, one thread a process, its clips
-in memory. Strong scaling: the global batch stays and is shared. Weak scaling: each process keeps as many clips. Beside
-them two processes train without exchanging gradients, which shows how much the cores lose by working at once.
+Times the training loop (`stadapter.training.loop`) on the embedded model, one thread a process, clips in memory:
+
+- strong scaling: the processes share the global batch of one process;
+- weak scaling: each process has the batch of one process;
+- each alone: two processes exchange no gradients, which shows how much the cores slow each other down.
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train: two processes at once, or the first alone while the second sleeps."""
+    """A way to train: in both processes, or in the first while the second sleeps."""
 
     name: str
     processes: int
     clips_per_process: int
-    exchange: bool = True  # of gradients; False: each process trains alone
+    exchange: bool = True  # gradients; False: each process trains alone
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ class Measured:
 
     case: Case
     step_s: float
-    exchange_s: float  # from the last gradient of a step to the end of its all-reduce; waiting for the other included
+    exchange_s: float  # from a step's last gradient to the end of its all-reduce, waiting included
 
 
 def cases(global_batch: int) -> list[Case]:
-    """Return the cases; the first is the baseline of the others."""
+    """Return the cases to measure. The first is the baseline of the others."""
     half = global_batch // 2
     return [
         Case("1 process", 1, global_batch),
@@ -78,7 +80,7 @@ def cases(global_batch: int) -> list[Case]:
 def time_steps(
     recipe: Recipe, group: ProcessGroup, clips: int, steps: int, folder: Path
 ) -> tuple[list[float], list[float]]:
-    """Return the seconds of each step of this process, and of its exchange of gradients (0 with one process)."""
+    """Return the seconds of each step of this process, and of each exchange of gradients (0 with one process)."""
     recipe = config.replace(recipe, **{"optim.global_batch": clips * group.world_size})
     components = make_components(recipe, TrainOptions(), group)
     exchanges: list[float] = []
@@ -95,7 +97,7 @@ def time_steps(
 
     def endless() -> Iterator[list[dict[str, Any]]]:
         while True:
-            ends.append(time.perf_counter())  # the loop asks for the next clips when it has ended a step
+            ends.append(time.perf_counter())  # the loop asks for the next clips after each step
             yield [batch]
 
     count = WARM_UP_STEPS + steps
@@ -104,14 +106,14 @@ def time_steps(
     ends.append(time.perf_counter())
     took = [after - before for before, after in itertools.pairwise(ends)]
     assert len(took) == count
-    per_step = len(exchanges) // count  # buckets; each runs after the one before
+    per_step = len(exchanges) // count  # buckets, reduced one after the other
     assert len(exchanges) == per_step * count
     exchange = [sum(exchanges[step * per_step : (step + 1) * per_step]) for step in range(count)]
     return took[WARM_UP_STEPS:], exchange[WARM_UP_STEPS:]
 
 
 def _timed_into(exchanges: list[float]) -> Callable[[object, dist.GradBucket], torch.futures.Future[torch.Tensor]]:
-    def exchange(state, bucket):  # type: ignore[no-untyped-def]  # this interface refuses annotations that are text
+    def exchange(state, bucket):  # type: ignore[no-untyped-def]  # the interface rejects annotations as text
         began = time.perf_counter()
 
         def note(done):  # type: ignore[no-untyped-def]  # likewise
@@ -124,7 +126,7 @@ def _timed_into(exchanges: list[float]) -> Callable[[object, dist.GradBucket], t
 
 
 def _measure_in(rank: int, folder: Path, global_batch: int, steps: int, rounds: int) -> None:
-    """Run one of the two processes; the cases take turns."""
+    """Measure all cases in turns in one of the two processes, and write the times to a file."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=10))
@@ -145,7 +147,7 @@ def _measure_in(rank: int, folder: Path, global_batch: int, steps: int, rounds: 
 
 
 def measure(global_batch: int, steps: int, rounds: int) -> list[Measured]:
-    """Return what every case takes. Of two processes that exchange nothing, the slower one counts."""
+    """Return the medians of every case. Of two processes, the slower one counts."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = (Path(scratch), global_batch, steps, rounds)
         multiprocessing.spawn(_measure_in, arguments, nprocs=2)
@@ -158,7 +160,7 @@ def measure(global_batch: int, steps: int, rounds: int) -> list[Measured]:
 
 
 def efficiency(one: Measured, other: Measured) -> float:
-    """Return clips per second and process of `other`, over those of the one process."""
+    """Return the clips per second and process of `other`, relative to `one`."""
     speeds = [measured.case.clips_per_process / measured.step_s for measured in (one, other)]
     return speeds[1] / speeds[0]
 

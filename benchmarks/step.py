@@ -1,4 +1,4 @@
-"""The adapter, the training step and inference, against a plain model: time, saved activations and peak memory.
+"""The adapter, a training step and inference against a plain model: time, saved activations, peak memory.
 
     python -m benchmarks.step adapter      # alone, five kernels
     python -m benchmarks.step float32      # the model, ViT-B/16 (or --model embedded)
@@ -7,8 +7,8 @@
 
 Ours and the plain way (`reference_model.py`) take turns in one process with one thread and the same matrix products;
 times are medians of its CPU seconds, and a ratio is the plain way's over ours. Outputs and gradients are compared in
-the same run. "Products" is the share of the plain way's time in matrix products and attention, as a profiler sees it:
-about 1 / share is the most that the rest can win. The exit code is 1 if a target is missed or a result differs.
+the same run. "Products" is the profiled share of the plain way's time in matrix products and attention: speeding up all
+the rest gains at most about 1 / share. The exit code is 1 if a target is missed or a result differs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FRAMES = 8
 KERNELS = ((1, 1, 1), (3, 1, 1), (5, 1, 1), (1, 3, 3), (3, 3, 3))
 KERNEL_TARGETS = {(3, 1, 1): 1.3, (3, 3, 3): 1.3}
 OUTPUT_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
-# Least ratio to the plain way, for ViT-B/16.
+# The least ratio to the plain way, for ViT-B/16.
 TARGETS = {
     "float32": {"training step": 1.15},
     "bfloat16": {"training step": 1.3},
@@ -70,7 +70,10 @@ class Pair:
 
 
 def models(name: str) -> tuple[VideoClassifier, PlainClassifier, Tensor]:
-    """Return ours and the plain model, same weights, no adapter the identity, and uint8 pixels [B, T, 3, H, W]."""
+    """Return our model, the plain one with equal weights, and pixels, uint8 [B, T, 3, H, W].
+
+    No adapter is the identity.
+    """
     shape, adapter, clips = MODELS[name]
     vit = ViT(shape)
     seed_weights(vit, 0)
@@ -109,7 +112,7 @@ def inference(model: nn.Module, pixels: Tensor, dtype: torch.dtype, mode: Callab
 
 
 def measure(pairs: list[Pair], rounds: int) -> list[tuple[Pair, float, float]]:
-    """Return each pair with the median CPU milliseconds of the plain way and of ours.
+    """Return each pair with its median CPU milliseconds, plain and ours.
 
     All ways take turns, so that a busy machine slows each alike; the first round warms up.
     """
@@ -126,7 +129,7 @@ def measure(pairs: list[Pair], rounds: int) -> list[tuple[Pair, float, float]]:
 
 
 def product_share(work: Work) -> float:
-    """Return the share of the time in matrix products and attention, which no other way of doing the rest can win."""
+    """Return the share of CPU time spent in matrix products and attention."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         work()
     events = profiled.key_averages()
@@ -136,12 +139,12 @@ def product_share(work: Work) -> float:
 
 
 def off(got: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest value expected."""
+    """Return the largest difference relative to the largest expected value."""
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def differences(model: nn.Module, plain: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[float, float]:
-    """Return how far outputs and gradients are from the plain ones, in float32, relative to the largest value."""
+    """Return the largest differences of outputs and of gradients in float32, relative to the largest plain value."""
     expected = run(plain)
     expected.square().sum().backward()
     got = run(model)
@@ -158,7 +161,7 @@ def differences(model: nn.Module, plain: nn.Module, run: Callable[[nn.Module], T
 
 
 def adapter_pairs(kernel: tuple[int, int, int]) -> tuple[list[Pair], tuple[float, float]]:
-    """Return the pair for ViT-B/16's adapter on one clip, forward and backward, and how far the two differ."""
+    """Return ViT-B/16's adapter on one clip as a pair, forward and backward, and the differences of results."""
     torch.manual_seed(0)
     shape, config, _ = MODELS["vit_b16"]
     plain = PlainAdapter(shape.width, config.bottleneck_width, kernel)
@@ -194,7 +197,7 @@ def model_pairs(name: str, precision: str) -> tuple[list[Pair], tuple[float, flo
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Return the bytes that the graph keeps for the backward pass, without parameters and buffers."""
+    """Return the bytes that a graph saves for the backward pass, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -205,12 +208,12 @@ def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()  # noqa: F841  # holds the graph, so that no storage is freed and its address used again
+        result = run()  # noqa: F841  # keeps the graph alive, so that no address is used twice
     return sum(kept.values())
 
 
 def memory_of(way: str, name: str, precision: str) -> tuple[float, float]:
-    """Return the MiB that a forward pass saves, and those by which a training step raises resident memory."""
+    """Return the MiB saved by a forward pass, and the MiB by which a training step raises resident memory."""
     model, plain, pixels = models(name)
     dtype = PRECISIONS[precision]
     model.recompute = way == "recompute"
@@ -222,7 +225,7 @@ def memory_of(way: str, name: str, precision: str) -> tuple[float, float]:
         if way == "plain"
         else make_optimizer(model, recipes.ssv2_clip_b16.optim)
     )
-    loss_of(module, pixels[:, :1], dtype).backward()  # what libraries allocate once
+    loss_of(module, pixels[:, :1], dtype).backward()  # let libraries allocate what they keep
     module.zero_grad(set_to_none=True)
     hardware.reset_peak_memory(CPU)
     before = hardware.peak_memory_mib(CPU)
@@ -239,7 +242,7 @@ def print_memory(name: str) -> bool:
         reference = float("nan")
         for way in ("plain", "ours", "recompute"):
             command = [sys.executable, "-m", "benchmarks.step", "memory", "--model", name]
-            command += ["--way", way, "--precision", precision]  # a process each: what one frees, it may keep
+            command += ["--way", way, "--precision", precision]  # separate processes: freed memory may stay resident
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             saved, peak = map(float, output.split())
             reference = saved if way == "plain" else reference

@@ -1,10 +1,10 @@
-"""What a sweep costs beside its trainings: between two trials, when nothing is left to do, and with many trials.
+"""The overhead of a sweep: between two trials, when all trials have finished, and with many trials.
 
     python -m benchmarks.sweep
 
-The trials train for a fraction of a second on 16 small clips. Between two trials is the time from one record's
-`finished` to the next one's `started`, all trials one after the other; the plain way is a process per trial
-(`python -m stadapter train`), and its cost is its time less what its record says the training took.
+The trials train for a fraction of a second on 16 small clips, one after the other. The time between two trials runs
+from one record's `finished` to the next one's `started`. The plain way is a process per trial (`stadapter train`); its
+cost is the process's time less the training time in its record.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def flags(clips: Path) -> list[str]:
 
 
 def between_trials_s(clips: Path, output: Path, trials: int, recipe: Recipe) -> list[float]:
-    """Seconds between two trials of a sweep that runs one at a time."""
+    """Return the seconds between consecutive trials of a sweep that runs one at a time."""
     from stadapter.cluster.ray_runtime import Cluster
     from stadapter.cluster.resources import Resources
     from stadapter.cluster.runner import run_trials
@@ -95,7 +95,7 @@ def process_per_trial_s(clips: Path, output: Path, trials: int) -> list[float]:
 
 
 def pretend_finished(sweep: Sweep, output: Path, result: Record) -> None:
-    """Copies of one real record, as if all trials of the sweep had finished."""
+    """Write copies of one real record, as if all trials of the sweep had finished."""
     sweep.folder(output).mkdir(parents=True)
     save_sweep(sweep, output)
     for trial in sweep.trials:
@@ -108,7 +108,7 @@ def pretend_finished(sweep: Sweep, output: Path, result: Record) -> None:
 
 
 def relaunch_s(clips: Path, output: Path, recipe: Recipe, result: Record, store: str) -> float:
-    """Of the command for a sweep of 60 trials that have all finished, the second time."""
+    """Return the seconds of the command for a sweep of 60 finished trials, launched a second time."""
     seeds = RELAUNCHED // 4
     arms = [Arm(f"kernel {k}x3x3", {"adapter.kernel_size": (k, 3, 3)}) for k in (1, 3, 5, 7)]
     if not output.exists():
@@ -123,7 +123,7 @@ def relaunch_s(clips: Path, output: Path, recipe: Recipe, result: Record, store:
 
 
 def many_trials_s(output: Path, recipe: Recipe, result: Record) -> dict[str, float]:
-    """Of what is done with a thousand finished trials."""
+    """Return the seconds of each operation on a thousand finished trials."""
     from stadapter.commands.main import main
     from stadapter.tracking.mirror import sync
 

@@ -1,14 +1,13 @@
-"""Training steps of depth arms from cached tokens (`--cache-prefix`), against the same arms without, and a plain model.
+"""Training steps of depth arms with the token cache (`--cache-prefix`), without it, and of a plain model.
 
     python -m benchmarks.token_cache
 
-ViT-B/16 at 8 frames, one clip, float32: adapters before the attention of the last blocks. Both ways take turns in one
-process with one thread; times are medians of its CPU seconds. With the cache a step begins with reading the clip's row
-(checked, from a file that is in memory); without it, with pixels that are decoded already. Each way trains a model from
-the same weights: the losses of all steps and the weights at the end are compared. "Of arithmetic" is the ratio of the
-operations that PyTorch counts in a step, that is, the speed-up if all operations were equally fast. The plain model
-(reference_model.py) computes every block in every step, with PyTorch's default matrix products; the targets are ratios
-to it. The exit code is 1 if a target is missed or a result differs.
+ViT-B/16 at 8 frames, one clip, float32: adapters before the attention of the last blocks. All ways take turns in one
+process with one thread; times are medians of its CPU seconds. With the cache a step starts by reading and checking the
+clip's row, from a file in memory; without it, from decoded pixels. Both train a model from the same weights: the losses
+of all steps and the final weights are compared. "Of arithmetic" is the ratio of the operations that PyTorch counts in a
+step, which is the speed-up if all operations were equally fast. The plain model (reference_model.py) computes every
+block in every step; the targets are ratios to it. The exit code is 1 if a target is missed or a result differs.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ from stadapter.training.optim import make_optimizer
 from stadapter.training.token_cache import TokenCache, open_token_cache
 
 CPU = torch.device("cpu")
-TARGETS = {1: 15.0, 2: None, 3: 4.0, 6: None}  # last k blocks -> least ratio
-LIMIT = 1e-5  # of losses, relative, and of weights, of the largest
+TARGETS = {1: 15.0, 2: None, 3: 4.0, 6: None}  # least ratio, by the number of last blocks with adapters
+LIMIT = 1e-5  # of losses, relative; of weights, in units of the tensor's largest
 RATE = 1e-3
 RECIPE = config.replace(
     recipes.ssv2_clip_b16,
@@ -63,7 +62,7 @@ RECIPE = config.replace(
 
 @dataclass
 class Way:
-    """One model in training: from cached tokens if it has a token cache, else from pixels."""
+    """A model in training, from cached tokens if it has a token cache, else from pixels."""
 
     model: VideoClassifier | PlainClassifier
     optimizer: torch.optim.Optimizer
@@ -97,7 +96,7 @@ def _batch(dataset: ClipDataset) -> dict[str, Any]:
 
 
 def make_ways(recipe: Recipe, clips: ClipList) -> tuple[Way, Way, Way]:
-    """Return the plain way, the way without the cache, and the way with it. The cache holds the clip already."""
+    """Return three ways: plain, without the token cache, and with it. The cache already holds the clip."""
     first = build_model(recipe)
     without, cached = _way(recipe, clips, first, first), _way(recipe, clips, build_model(recipe), first, cached=True)
     simple = PlainClassifier(first, recipe.adapter.bottleneck_width, recipe.adapter.kernel_size)
@@ -112,7 +111,7 @@ def _way(
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             nn.init.normal_(module.weight, std=0.3, generator=generator)  # so that no adapter is the identity
-    model.vit = first.vit  # frozen: one is enough
+    model.vit = first.vit  # frozen, so that all can share one
     optimizer = make_optimizer(model, recipe.optim)
     for group in optimizer.param_groups:
         group["lr"] = RATE
@@ -127,7 +126,7 @@ def _way(
 
 
 def take_turns(arms: dict[int, tuple[Way, Way, Way]], rounds: int) -> None:
-    """Take a step of each way in turn, once to warm up and count operations, then `rounds` times."""
+    """Let each way take a step in turn: once to warm up and count operations, then `rounds` times."""
     for number in range(rounds + 1):
         for way in (way for ways in arms.values() for way in ways):
             with FlopCounterMode(display=False) if number == 0 else contextlib.nullcontext() as counter:
@@ -138,7 +137,7 @@ def take_turns(arms: dict[int, tuple[Way, Way, Way]], rounds: int) -> None:
 
 @dataclass(frozen=True)
 class Compared:
-    """The three ways of one depth: median milliseconds of a step, and by how much the results differ."""
+    """The median milliseconds of a step in the three ways of one depth, and the differences of their results."""
 
     last: int  # blocks with adapters
     plain_ms: float
@@ -167,7 +166,7 @@ class Compared:
 
 
 def compare(last: int, simple: Way, without: Way, cached: Way) -> Compared:
-    """Return the medians and differences of the steps after the one to warm up."""
+    """Return the medians and differences of all steps after the warm-up."""
     columns = (simple.seconds, without.seconds, cached.seconds, cached.reading_s)
     plain_ms, without_ms, cached_ms, reading_ms = (1000 * statistics.median(values[1:]) for values in columns)
     theirs = {name: p.detach() for name, p in trainable_parameters(without.model).items()}

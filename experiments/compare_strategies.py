@@ -1,7 +1,7 @@
 """How much of full fine-tuning can be had for how few trained parameters? (The paper's Table 1.)
 
 Every way to adapt a frozen image transformer to video, each with rates that suit it (`recipes.for_strategy`) and
-otherwise on the recipe's terms: same clips, same order, same epochs. `stadapter.model.strategies` and
+otherwise on the recipe's terms: same clips, same order, same epochs. `stadapter.strategies` and
 `stadapter.model.baselines` say what each strategy trains, and which choice was made where the paper leaves one.
 `full_space_time` is the paper's full fine-tuning: divided space-time attention, recognised by its 121.57 M parameters.
 Beside it stand `full`, without temporal modules, and `full_st_adapter`, ST-Adapters whose backbone is not frozen.

@@ -1,4 +1,4 @@
-"""What several test modules share: a small data set of real video files, and a recipe that trains on it in a second."""
+"""Shared fixtures: a small data set of real video files, and a recipe that trains on it in a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stadapter.training.options import TrainOptions
 
 
 def pytest_configure() -> None:
-    # pytest-xdist's workers ignore Ctrl-C, and what they start would, too.
+    # pytest-xdist's workers ignore Ctrl-C, and so would their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -27,7 +27,7 @@ CLASSES, TRAIN_CLIPS, TEST_CLIPS = 2, 16, 7  # 7: no number of processes but 1 a
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-per-folder tree of mp4 files: two opposite motions."""
+    """Write a folder of mp4 files for each of two classes, two opposite motions."""
     root = tmp_path_factory.mktemp("clips")
     for split, count in (("train", TRAIN_CLIPS), ("val", TEST_CLIPS)):
         for number in range(count):
@@ -54,13 +54,13 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_recipe() -> Recipe:
-    """The embedded recipe, cut down: 8 steps on 16 clips."""
+    """Return the embedded recipe cut down to 8 steps on 16 clips."""
     return config.replace(recipes.embedded, **TINY)
 
 
 @pytest.fixture(scope="session")
 def tiny_flags(clip_folder: Path) -> list[str]:
-    """The same as command line flags."""
+    """Return the tiny recipe as command line flags."""
     values = {path: ",".join(map(str, v)) if isinstance(v, tuple) else v for path, v in TINY.items()}
     flags = [word for path, value in values.items() for word in ("--set", f"{path}={value}")]
     return [*flags, "--data-root", str(clip_folder)]
@@ -68,7 +68,7 @@ def tiny_flags(clip_folder: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two cores serve the whole suite; a test that changes the number of threads does not reach the next one."""
+    """Give each test one thread: the suite has two cores, and no test may change the next one's threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -82,7 +82,7 @@ def train_options(clip_folder: Path) -> TrainOptions:
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_recipe: Recipe, train_options: TrainOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one undisturbed training of the tiny recipe, in one process with one thread."""
+    """Return the folder of an undisturbed training of the tiny recipe, in one process with one thread."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("undisturbed")
     train(tiny_recipe, folder, train_options)
@@ -91,7 +91,7 @@ def undisturbed(tiny_recipe: Recipe, train_options: TrainOptions, tmp_path_facto
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 1 MiB."""
+    """Mount a new file system of 1 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)

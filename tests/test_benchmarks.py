@@ -1,4 +1,4 @@
-"""The plain reference agrees with the package, and a short run of what the benchmarks measure."""
+"""The plain references agree with the package, and short runs of the benchmarks work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: what they refuse, how they are addressed, and what makes two of them the same training."""
+"""Recipes: refused values, dotted paths, and identities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands in docs/ that are said to be tested."""
+"""The commands in the documentation work as written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_command_is_tested_or_says_what_it_needs() -> None:
 
 
 def test_the_readmes_commands_are_ones_that_there_are() -> None:
-    """Those that take longer than a test may: their flags are read, and nothing is started."""
+    """These commands take longer than a test may: their flags are parsed, and nothing starts."""
     lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
     words = [shlex.split(line, comments=True) for line in lines]
     trained = [line[1:] for line in words if line[:1] == ["stadapter"]]

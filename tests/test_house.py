@@ -1,4 +1,4 @@
-"""The order of the house: which folder may know which, read from the imports themselves."""
+"""The order of the package's folders: imports run one way, read from the source."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = {
 
 
 def imports(module: str) -> Iterator[tuple[str, bool]]:
-    """Each module that the module imports, in the package or outside, and whether only inside a function."""
+    """Return each imported module, of the package or not, and True if it is imported only inside a function."""
 
     def below(node: ast.AST, late: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -47,7 +47,7 @@ def imports(module: str) -> Iterator[tuple[str, bool]]:
 
 @functools.cache
 def known(module: str) -> frozenset[str]:
-    """The modules of the package that this one imports, wherever in its file."""
+    """Return the modules of the package that a module imports, anywhere in its file."""
     return frozenset(name for name, _ in imports(module) if name in FILES and name != "stadapter")
 
 
@@ -71,13 +71,13 @@ def test_imports_run_downwards_only() -> None:
 
 @functools.cache
 def chain(module: str, late: bool) -> tuple[str, ...]:
-    """The longest chain of imports that starts at this module; a circle has no end and raises RecursionError."""
+    """Return the longest chain of imports that starts at a module. Raises RecursionError if there is a circle."""
     below = {name for name, is_late in imports(module) if name in known(module) and (late or not is_late)}
     return (module, *max((chain(name, late) for name in sorted(below)), key=len, default=()))
 
 
 def at_import(module: str) -> frozenset[str]:
-    """What is loaded when the module is imported: its own late imports and those for type checkers left out."""
+    """Return the modules loaded by importing a module, without late imports and those for type checkers."""
     tree = ast.parse(FILES[module].read_text())
     tree.body = [
         node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
@@ -95,7 +95,7 @@ def at_import(module: str) -> frozenset[str]:
 
 @functools.cache
 def is_heavy(module: str) -> bool:
-    """Whether importing it loads a library that takes long to load."""
+    """Return True if importing a module loads a library that takes long to load."""
     loaded = at_import(module)
     return bool({name.partition(".")[0] for name in loaded} & HEAVY) or any(
         is_heavy(name) for name in loaded if name in FILES and name != "stadapter"

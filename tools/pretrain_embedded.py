@@ -1,8 +1,8 @@
 """The pretraining of the embedded backbone: `python -m tools.pretrain_embedded`, about 13 minutes of one core.
 
 A small ViT learns which digits a still picture shows (CLS, multi-label) and which digit covers each patch. The dense
-loss matters: it makes patch tokens say what is where, which is what adapters compare between frames. The model
-never sees two frames of a clip, nor a handwritten digit of the video splits.
+loss matters: it makes each patch token encode its own content, which adapters compare between frames. The model never
+sees two frames of a clip, nor a handwritten digit of the video splits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class StillModel(nn.Module):
         self.patch_head = nn.Linear(EMBEDDED_SHAPE.width, len(embedded_rendering.DIGIT_CLASSES) + 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [M, 3, H, W] -> digit logits [M, 10] and patch logits [M, 25, 11]."""
+        """Return digit logits [M, 10] and patch logits [M, 25, 11] of images, uint8 [M, 3, H, W]."""
         tokens = self.vit((images.float() / 255 - MEAN) / STD)
         return self.cls_head(tokens[:, 0]).float(), self.patch_head(tokens[:, 1:]).float()
 
@@ -61,7 +61,7 @@ def render_stills(count: int, seed: int, split: str) -> Stills:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then cosine to zero."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
     warmup = WARMUP_SHARE * steps
     if step < warmup:
         return PEAK_LR * (step + 1) / warmup
@@ -70,7 +70,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def evaluate(model: StillModel, stills: Stills) -> dict[str, float]:
-    """Shares in [0, 1]: images whose set of digits is exactly right, patches, and patches on digits."""
+    """Return the shares of images with exactly the right digits, of right patches, and of right patches on digits."""
     cls_logits, patch_logits = zip(*(model(images) for images in stills[0].split(BATCH)), strict=True)
     right = torch.cat(patch_logits).argmax(-1) == stills[2]
     return {
@@ -86,7 +86,7 @@ def has_fast_bfloat16() -> bool:
 
 
 def pretrain(images: int, epochs: int, seed: int) -> Iterator[tuple[ViT, dict[str, float]]]:
-    """Yield after every epoch the backbone, the epoch's losses, and accuracies on digits it has not seen."""
+    """Yield after every epoch the backbone with the epoch's losses and its accuracies on unseen digits."""
     start = time.perf_counter()
     print(f"rendering {images:,} still images ...", flush=True)
     stills, held_out = render_stills(images, seed, "pretraining"), render_stills(HELD_OUT_IMAGES, seed, "val")
@@ -103,7 +103,7 @@ def pretrain(images: int, epochs: int, seed: int) -> Iterator[tuple[ViT, dict[st
             pixels, present, patches = (part[picked] for part in stills)
             # Plain attention: on a CPU the backward pass of the fused bfloat16 kernel is several times slower.
             attention = sdpa_kernel(SDPBackend.MATH) if bfloat16 else contextlib.nullcontext()
-            pixels = pixels[:, torch.randperm(3)]  # swapped colour channels: six times the pictures for nothing
+            pixels = pixels[:, torch.randperm(3)]  # a random order of colour channels: six times the pictures for free
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), attention:
                 cls_logits, patch_logits = model(pixels)
             cls_loss = F.binary_cross_entropy_with_logits(cls_logits, present)
@@ -123,10 +123,10 @@ def pretrain(images: int, epochs: int, seed: int) -> Iterator[tuple[ViT, dict[st
 
 
 def save(vit: ViT, output: Path, **facts: object) -> None:
-    """Write half-precision weights, with their facts and their training as JSON in the metadata."""
+    """Write the weights in half precision, with `facts` as JSON in the metadata."""
     output.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().half().contiguous() for name, tensor in vit.state_dict().items()}
-    partial = output.with_suffix(".partial")  # renamed when complete: a reader never meets half a file
+    partial = output.with_suffix(".partial")  # renamed when complete, so that a reader never finds half a file
     save_file(state, partial, metadata={name: json.dumps(value) for name, value in facts.items()})
     partial.replace(output)
 

@@ -1,13 +1,13 @@
-"""ST-Adapters added in place to a vision transformer of another library, for any training loop.
+"""ST-Adapters added in place to a vision transformer from another library, for any training loop.
 
     vit = timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True, num_classes=0)
     add_st_adapters(vit, num_frames=8)
     features = vit(frames)  # [B * T, 3, H, W], the frames of a clip one after another
 
-A block keeps its parameters, their names and its place; its class becomes one derived from its own, whose `forward`
-takes the same two branches with adapters around them. So copying, saving, compiling and distributing go on as before.
+A block keeps its parameters, their names and its place. Its class is replaced by a derived class whose `forward` runs
+the same two branches with adapters around them, so copying, saving, compiling and distributing still work.
 
-Shapes: B clips, T frames, M = B * T images, P tokens that are no patches (class, register, distillation), S = P + N
+Shapes: B clips, T frames, M = B * T images, P prefix tokens (class, register, distillation), N patches, S = P + N
 tokens per image, D width.
 """
 
@@ -41,16 +41,16 @@ def add_st_adapters(
     placement: Placement = "before_mhsa",
     blocks: tuple[int, ...] | None = None,
 ) -> V:
-    """Put ST-Adapters into a plain ViT and freeze everything else in it; returns the same module.
+    """Add ST-Adapters to a plain ViT in place, freeze the rest, and return the same module.
 
     `vit` is timm's VisionTransformer, the image tower of open_clip or of OpenAI's CLIP (`model.visual`), or
-    torchvision's VisionTransformer. It is called with images [B * T, 3, H, W] as before, and gives per image what it
-    gave before: a fresh adapter is the identity. Only patches are adapted; class, register and distillation tokens
-    pass. `kernel_size` is (t, h, w), odd; `blocks` are 0-based, None is all of them.
+    torchvision's VisionTransformer. Call it with images [B * T, 3, H, W] as before; its outputs start unchanged, as a
+    new adapter is the identity. Only patches are adapted, not the class, register and distillation tokens.
+    `kernel_size` is (t, h, w), all odd; `blocks` are 0-based, None means all.
 
-    Adapters are float32 (or as precise as the backbone, if that is more), on the device of their block. A head that the
-    module has is frozen with the rest: `vit.head.requires_grad_()` trains it. ConfigError for what cannot work, with
-    the module as it was.
+    Adapters are float32, or more precise if the backbone is, on the device of their block. A head of the module is
+    frozen too: `vit.head.requires_grad_()` trains it. Raises ConfigError, leaving the module unchanged, if the settings
+    or the module do not suit.
     """
     if placement not in get_args(Placement):
         raise ConfigError(f"placement = {placement}: must be one of {', '.join(get_args(Placement))}")
@@ -77,7 +77,7 @@ def add_st_adapters(
 
 
 def remove_st_adapters(vit: V) -> V:
-    """Take the adapters out again; returns the same module, as it was, with the same parameters trained."""
+    """Remove the adapters in place, restore which parameters are trained, and return the same module."""
     for block in list(_adapted_blocks(vit)):
         block.__class__ = block.plain_class
         delattr(block, _ADAPTERS)
@@ -90,7 +90,7 @@ def remove_st_adapters(vit: V) -> V:
 
 
 def set_num_frames(vit: nn.Module, num_frames: int) -> None:
-    """Take the images as clips of this many frames, from the next call on."""
+    """Set the number of frames per clip for all later calls. Raises ConfigError if the module has no adapters."""
     blocks = list(_adapted_blocks(vit))
     if not blocks:
         raise ConfigError(f"{type(vit).__name__}: has no ST-Adapters; add_st_adapters puts them in")
@@ -100,9 +100,9 @@ def set_num_frames(vit: nn.Module, num_frames: int) -> None:
 
 @contextlib.contextmanager
 def clips_of(vit: nn.Module, num_frames: int) -> Iterator[None]:
-    """Take the images as clips of this many frames inside the block.
+    """Set the number of frames per clip inside a `with` block.
 
-    With activation checkpointing, `backward` belongs inside.
+    With activation checkpointing, call `backward` inside the block too.
     """
     before = next((getattr(block, _TOKENS).num_frames for block in _adapted_blocks(vit)), num_frames)
     set_num_frames(vit, num_frames)
@@ -113,12 +113,12 @@ def clips_of(vit: nn.Module, num_frames: int) -> Iterator[None]:
 
 
 def adapter_state(vit: nn.Module) -> dict[str, Tensor]:
-    """Return what is trained, by name, detached and not copied: the adapters, and all else that was unfrozen."""
+    """Return the trained tensors by name, detached but not copied: the adapters and everything else unfrozen."""
     return trainable_state(vit)
 
 
 def load_adapter_state(vit: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy an `adapter_state` into the model. Raises ConfigError unless names and shapes are exactly those trained."""
+    """Copy an `adapter_state` into a model. Raises ConfigError if names or shapes differ from the trained tensors."""
     load_trainable_state(vit, state)
 
 
@@ -131,19 +131,22 @@ class _Tokens:
 
     num_prefix: int  # P
     grid: tuple[int, int]  # (rows, columns) of patches
-    tokens_first: bool = False  # [S, M, D], as attention wanted it once
+    tokens_first: bool = False  # [S, M, D], the older layout of PyTorch's attention
     num_frames: int = 8
 
 
 class _Adapted:
-    """A mixin: a class derived from this and from a block's class is that block with adapters."""
+    """A mixin that adds adapters to a block: `_adapted_class` derives from it and from the block's class."""
 
     plain_class: type[nn.Module]
     st_adapters: nn.ModuleDict
     st_tokens: _Tokens
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[M, S, D] or, with `tokens_first`, [S, M, D]; further arguments are the block's own."""
+        """Return the block's output with adapters, [M, S, D], or [S, M, D] with `tokens_first`.
+
+        Further arguments go to the block's attention.
+        """
         attend, mlp = _branches(self.plain_class)
         input_x = x
         x = self._adapt("before", x)
@@ -154,7 +157,7 @@ class _Adapted:
         return self._adapt("parallel", input_x, onto=x)
 
     def _adapt(self, place: str, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return `onto`, by default `x`, with the branch of the adapter at this place added, if there is one."""
+        """Return `onto` (by default `x`) plus the branch of the adapter at a place, or unchanged without an adapter."""
         onto = x if onto is None else onto
         if place not in self.st_adapters:
             return onto
@@ -166,7 +169,7 @@ class _Adapted:
         return _adapt_patches(adapter, x, onto, tokens)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made while the program runs: a pickle names the one that it was made from.
+        # The derived class is made at run time, where a pickle cannot find it: name the plain class instead.
         return _without_content, (self.plain_class,), self.__getstate__()
 
 
@@ -201,13 +204,13 @@ def _adapt_patches(adapter: STAdapter, x_MSD: Tensor, onto_MSD: Tensor, tokens: 
         x_MSD, onto_MSD = x_MSD.to(dtype), onto_MSD.to(dtype)
     if P == 1:
         return adapter(x_MSD, tokens.num_frames, onto_MSD, grid=tokens.grid).to(out_dtype)
-    # The adapter lets exactly one token pass in front of the patches: a blank one stands there for none or several.
+    # The adapter expects exactly one token before the patches: replace the P tokens by a blank one.
     padded_MSD, onto_padded_MSD = (F.pad(tensor[:, P:], (0, 0, 1, 0)) for tensor in (x_MSD, onto_MSD))
     patches_MND = adapter(padded_MSD, tokens.num_frames, onto_padded_MSD, grid=tokens.grid)[:, 1:]
     return torch.cat([onto_MSD[:, :P], patches_MND], dim=1).to(out_dtype)
 
 
-# --- what timm, open_clip, OpenAI and torchvision call things
+# --- the names in timm, open_clip, OpenAI's CLIP and torchvision
 
 _Branch = Callable[..., Tensor]
 
@@ -244,7 +247,7 @@ def _plain_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _branches(block_class: type[nn.Module], block: nn.Module | None = None) -> tuple[_Branch, _Branch]:
-    """Return the attention and MLP branches of blocks of this class. Raises ConfigError for an unknown one."""
+    """Return the attention and MLP branches of a class of blocks. Raises ConfigError if the class is unknown."""
     known: dict[tuple[str, str], tuple[_Branch, _Branch]] = {
         ("timm.models.vision_transformer", "Block"): (_timm_attend, _timm_mlp),
         ("open_clip.transformer", "ResidualAttentionBlock"): (_open_clip_attend, _open_clip_mlp),
@@ -253,7 +256,7 @@ def _branches(block_class: type[nn.Module], block: nn.Module | None = None) -> t
     place = (block_class.__module__, block_class.__qualname__)
     if place in known:
         return known[place]
-    # OpenAI's code is a file that people copy: it is known by what it holds.
+    # OpenAI's code is copied under any module name: recognise the class by its name and children.
     openai = {"attn", "ln_1", "mlp", "ln_2"}
     if block_class.__name__ == "ResidualAttentionBlock" and (
         block is None or {name for name, _ in block.named_children()} == openai
@@ -266,7 +269,7 @@ def _branches(block_class: type[nn.Module], block: nn.Module | None = None) -> t
 
 
 def _blocks(vit: Any) -> Any:
-    """Return the transformer's blocks, in their order."""
+    """Return the transformer's blocks in order."""
     if hasattr(vit, "blocks"):
         return vit.blocks
     return vit.transformer.resblocks if hasattr(vit, "transformer") else vit.encoder.layers

@@ -1,11 +1,11 @@
 """The modules of the baselines: the strategies that ST-Adapter is compared with (paper, Table 1).
 
-Each starts as an exact zero beside the frozen model, prompts excepted: the first step of a comparison is the same for
-all. Frame embeddings start at random nevertheless, behind a map that starts at zero: from zero, a model does not see
-the order of frames and has next to no gradient towards seeing it (direction accuracy stayed at exactly 50 %).
-Where the paper leaves a choice open, the class says which was made and why.
+Every module but the prompts starts as an exact zero beside the frozen model, so that the other strategies start from
+the same function. Frame embeddings start at random, behind a map that starts at zero: an embedding of zeros hides the
+order of frames and gets next to no gradient (direction accuracy stayed at exactly 50 %). Where the paper leaves a
+choice open, the class gives ours and the reason.
 
-`stadapter.strategies` names these classes, and says what `part`, `build` and the counts of multiply-accumulates mean.
+`stadapter.strategies` names these classes and defines `part`, `build`, `from_config` and the MAC counts.
 `seeded(block)` opens the random stream of a block, `seeded()` that of the whole strategy.
 
 Shapes: B clips, T frames, M = B * T images, S = 1 + N tokens (CLS first), L = T * S tokens of a clip, D width.
@@ -28,9 +28,9 @@ Seeded = Callable[..., AbstractContextManager[None]]
 
 
 class LowRank(nn.Module):
-    """B A, added to the output of a frozen linear map. B starts at zero, so a fresh one changes nothing.
+    """A low-rank product B A, added to the output of a frozen linear map. B starts at zero, and so does B A.
 
-    LoRA's factor alpha / r is left out (it is 1): the learning rate tunes the same.
+    LoRA's factor alpha / r is fixed at 1: tuning the learning rate has the same effect.
     """
 
     def __init__(self, width_in: int, width_out: int, rank: int) -> None:
@@ -40,12 +40,12 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor, rows: slice = ALL_ROWS) -> Tensor:
-        """Return these rows of the output, [M, S, rows]."""
+        """Return the selected rows of the output, [M, S, rows]."""
         return F.linear(self.down(h), self.up.weight[rows])
 
 
 class AttentionLoRA(nn.Module):
-    """The low-rank changes of one block's attention: its query-key-value matrix as one map, and its output matrix."""
+    """The low-rank products of one block's attention: one for the joint query-key-value matrix, one for the output."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class AttentionLoRA(nn.Module):
 
 
 class LoRA(nn.ModuleList):
-    """An `AttentionLoRA` for every block."""
+    """Low-rank adaptation (LoRA): an `AttentionLoRA` for every block."""
 
     part = "lora"
 
@@ -72,9 +72,9 @@ class LoRA(nn.ModuleList):
 
 
 class Prompts(nn.ParameterList):
-    """Prompts [P, D] for every block, which its attention alone sees; all frames share them.
+    """Prompts [P, D] for every block, seen by its attention alone and shared by all frames.
 
-    They start uniform, as in deep visual prompt tuning (VPT, arXiv 2203.12119).
+    They start uniformly distributed, as in deep visual prompt tuning (VPT, arXiv 2203.12119).
     """
 
     part = "prompts"
@@ -93,14 +93,14 @@ class Prompts(nn.ParameterList):
         return num_frames * shape.depth * (shape.block_macs(tokens + prompts) - shape.block_macs(tokens))
 
 
-FRAME_STD = 0.5  # of frame embeddings, beside tokens of about unit scale
+FRAME_STD = 0.5  # standard deviation of new frame embeddings; tokens have about unit scale
 
 
 class PlainAdapter(nn.Module):
     """A bottleneck without convolution (Houlsby et al., arXiv 1902.00751): X + GELU(X W_down) W_up, on every token.
 
-    Its place and width are the ST-Adapter's, so that the convolution is what the two differ in. Without a convolution
-    to start at zero, W_up does; without an activation, W_down W_up would be one linear map.
+    Place and width are the ST-Adapter's, so that the two differ in the convolution only. W_up starts at zero in the
+    convolution's stead. The activation keeps W_down W_up from being one linear map.
     """
 
     adapts_cls = True
@@ -120,12 +120,12 @@ class PlainAdapter(nn.Module):
         return (1 + num_patches) * (self.down.weight.numel() + self.up.weight.numel())
 
     def forward(self, x_MSD: Tensor, num_frames: int, onto_MSD: Tensor | None = None) -> Tensor:
-        """Return the adapted tokens, as `STAdapter.forward` does; `num_frames` does not matter."""
+        """Return the adapted tokens, as `STAdapter.forward` does. `num_frames` is ignored."""
         return (x_MSD if onto_MSD is None else onto_MSD) + self.up(F.gelu(self.down(x_MSD)))
 
 
 class AttentionPool(nn.Module):
-    """A learned query that attends to every token of the clip; its answer is added to the mean of the frames' CLS.
+    """A learned query that attends to every token of the clip; the result is added to the mean of the frames' CLS.
 
     This is CoCa's pooler (arXiv 2205.01917) with two choices: the sum, so that it starts as the linear probe, and a
     learned embedding per frame, without which no pooling could tell a clip from its reversal.
@@ -155,7 +155,7 @@ class AttentionPool(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x_BTSD: Tensor) -> Tensor:
-        """Return [B, D] of the normalised tokens of whole clips."""
+        """Return the pooled vector of each clip, [B, D], given its normalised tokens."""
         B, _, _, D = x_BTSD.shape
         x_BLD = (x_BTSD + self.frame[:, None]).flatten(1, 2)
         k, v = self.kv(x_BLD).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -166,9 +166,9 @@ class AttentionPool(nn.Module):
 class TemporalTransformer(nn.Module):
     """Transformer blocks over a clip's CLS tokens, one per frame, with a learned embedding per frame.
 
-    The paper names temporal fine-tuning and not its size: one block, whose parameters in a ViT-B are those of twelve
-    ST-Adapters. A block's two branches start at zero. The frame embedding is added before the blocks and subtracted
-    after them, so only the blocks see it.
+    The paper does not give the size of its temporal fine-tuning. Ours is one block by default: in a ViT-B it has as
+    many parameters as twelve ST-Adapters. A block's two branches start at zero. The frame embedding is added before the
+    blocks and subtracted after them, so only the blocks see it.
     """
 
     part = "temporal"
@@ -210,15 +210,15 @@ class TimeAttention(nn.Module):
         self.qkv = nn.Linear(D, 3 * D, bias=block.qkv.bias is not None)
         self.proj = nn.Linear(D, D)
         self.out = nn.Linear(D, D)
-        # As in TimeSformer, the branch copies what the image model knows about attention, and its last map starts at
-        # zero. (Theirs does from the second block on; ours in all, so that the model starts as the image model.)
+        # As in TimeSformer, the branch starts with the image model's attention weights and a last map of zeros. Theirs
+        # is zero from the second block on; ours in every block, so that the model starts as the image model.
         for mine, pretrained in ((self.norm, block.norm1), (self.qkv, block.qkv), (self.proj, block.proj)):
             mine.load_state_dict(pretrained.state_dict())
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x_MSD: Tensor, frame_TD: Tensor) -> Tensor:
-        """Return the tokens [M, S, D] with the branch added to the patches; CLS passes untouched."""
+        """Return the tokens [M, S, D] with the branch added to the patches. CLS is unchanged."""
         M, S, D = x_MSD.shape
         B, T, N = M // len(frame_TD), len(frame_TD), S - 1
         h_BNTD = self.norm(x_MSD[:, 1:]).view(B, T, N, D).transpose(1, 2) + frame_TD
@@ -230,9 +230,9 @@ class TimeAttention(nn.Module):
 class DividedAttention(nn.Module):
     """Attention over time in every block: divided space-time attention (TimeSformer, arXiv 2102.05095).
 
-    Its size identifies it as the paper's fully fine-tuned model: with it, a ViT-B/16 for 400 classes and 8 frames has
-    121.57 M parameters, the number reported. Two choices: every frame keeps its CLS, which the head's mean needs, and
-    only attention over time reads the frame embedding, which can thus start at random without disturbing the rest.
+    The paper's fully fine-tuned model is recognised by its size: a ViT-B/16 with divided attention, 400 classes and 8
+    frames has the 121.57 M parameters that the paper reports. We made two choices. Every frame keeps its CLS, which the
+    head's mean needs. Only attention over time reads the frame embedding, so its random start disturbs nothing else.
     """
 
     part = "time"
@@ -252,5 +252,5 @@ class DividedAttention(nn.Module):
         self.blocks = nn.ModuleList(TimeAttention(block) for block in vit.blocks)
 
     def forward(self, x_MSD: Tensor, block: int) -> Tensor:
-        """Return the tokens [M, S, D] that the block's own attention reads; CLS passes untouched."""
+        """Return the tokens [M, S, D] that the attention of block number `block` reads. CLS is unchanged."""
         return self.blocks[block](x_MSD, self.frame)

@@ -1,4 +1,4 @@
-"""Custom arms: an adapter, a placement or a strategy that is not in the package, from one file of yours.
+"""Custom arms: an adapter, a placement or a strategy from one file outside the package.
 
     from stadapter.ablation import Arm, main
     from stadapter.model.custom import custom_adapter
@@ -9,8 +9,8 @@
 
     main(__doc__, ..., make_arm=lambda recipe, value: Arm("mine", custom_adapter(MyAdapter)))
 
-The trial's identity holds the content of that file, not its place. The processes that train import the file by its
-place, so on a cluster it must lie where every node sees it. `docs/own_idea.md` leads through it.
+The trial's identity includes the file's content, not its path. The training processes import the file by its path, so
+on a cluster the path must be on a file system that every node sees. `docs/own_idea.md` is the guide.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from stadapter.config import ConfigError, CustomCode
 
 
 def custom_adapter(adapter: type) -> dict[str, Any]:
-    """Return the fields of an arm whose adapters are of this class, which stands at the top of its file.
+    """Return the fields of an arm with custom adapters. The class must be defined at the top level of its file.
 
-    An adapter is built as `adapter(width, recipe.adapter)`, once per place and block, its random numbers seeded for
-    that place, and called as `STAdapter.forward` is, with tokens [M, 1 + N, D]. Only a class with `adapts_cls = True`
-    may change CLS.
+    An adapter is built as `adapter(width, recipe.adapter)`, once per place and block, with random numbers seeded for
+    that place, and called like `STAdapter.forward`, with tokens [M, 1 + N, D]. Only a class with `adapts_cls = True`
+    may change CLS. Raises ConfigError if a trial could not import the class.
     """
     return _fields(adapter, "adapter")
 
 
 def custom_model(build: Callable[..., Any]) -> dict[str, Any]:
-    """Return the fields of an arm whose model this function makes, which stands at the top of its file.
+    """Return the fields of an arm with a custom model. The function must be defined at the top level of its file.
 
-    The function is called as `build(recipe, vit, mean, std)` with the backbone, its weights read, and its
-    normalisation. It returns a `stadapter.model.classifier.VideoClassifier`, or one of a derived class, with
-    `requires_grad` set on what is trained; `stadapter.model.build.classifier` makes the recipe's model to start from.
+    The function is called as `build(recipe, vit, mean, std)` with the loaded backbone and its normalisation. It returns
+    a `stadapter.model.classifier.VideoClassifier` or an instance of a derived class, with `requires_grad` set on the
+    trained parameters; `stadapter.model.build.classifier` makes the recipe's model to start from. Raises ConfigError if
+    a trial could not import the function.
     """
     return _fields(build, "model")
 
 
 def load(own: CustomCode, name: str) -> Any:
-    """Return the class or function `name` of the file. Raises ConfigError if the file is gone or has changed."""
+    """Return a class or function from a custom file. Raises ConfigError if the file is gone, changed or lacks it."""
     module_name = f"stadapter_own_{own.sha256[:16]}"
     if module_name not in sys.modules:
         path = Path(own.file)
@@ -63,7 +64,7 @@ def load(own: CustomCode, name: str) -> Any:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except BaseException:  # Ctrl-C too: nothing may find half a module under this name; raised again
+        except BaseException:  # Ctrl-C too: leave no half-loaded module behind
             del sys.modules[module_name]
             raise
     try:

@@ -1,11 +1,11 @@
-"""Trained models as files: safetensors with what was trained, and a header that says on what and with which recipe.
+"""Trained models as files: safetensors with the trained tensors, and a header with the recipe, backbone and data.
 
     save("mine.safetensors", model, recipe, metrics={"top1": 67.1})    # trained.safetensors of a run is such a file
     model, header = load("runs/one/trained.safetensors")               # needs the backbone's weights, checks them
-    load_into(vit, "mine.safetensors")                                 # a model that is built already
+    load_into(vit, "mine.safetensors")                                 # into an existing model
 
-The frozen weights are not in the file, but their SHA-256 is: on another backbone the same adapters would compute
-something, only nothing meaningful. A file may hold all weights instead, as converted ones do; then it needs no other.
+The header holds the SHA-256 of the frozen weights in place of the weights: on another backbone the same adapters would
+run and give meaningless results. A file may hold all weights instead, as converted checkpoints do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stadapter.trials import files
 
 @dataclass(frozen=True)
 class Header:
-    """The facts that a file gives about itself; any of them may be missing."""
+    """The header of a model file. Every field may be missing."""
 
     recipe: Recipe | None = None
     backbone: str = ""  # its name
@@ -47,7 +47,7 @@ class Header:
 def frozen_digest(model: nn.Module) -> str:
     """Return the SHA-256 over names and values of the frozen parameters, as float32; "" if all are trained.
 
-    Take it before weights are cast to half precision for speed: it would be another one.
+    Compute it before the weights are cast to half precision, which changes it.
     """
     frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
     digest = hashlib.sha256()
@@ -68,10 +68,10 @@ def save(
     metrics: Mapping[str, float] | None = None,
     class_names: Sequence[str] = (),
 ) -> None:
-    """Write what is trained in `model` (`requires_grad`), whole or not at all.
+    """Write the trained parameters of a model (`requires_grad`) to a file, atomically.
 
-    Without a recipe, as for a ViT with added adapters, `load_into` reads it back, and `load` cannot. `frozen_sha256` is
-    worked out unless given. Raises files.WriteError if the file cannot be written.
+    A file without a recipe, as of a ViT with added adapters, is for `load_into`; `load` needs the recipe.
+    `frozen_sha256` is computed unless given. Raises files.WriteError if the file cannot be written.
     """
     digest = frozen_digest(model) if frozen_sha256 is None else frozen_sha256
     header = Header(recipe, backbone, digest, data or {}, metrics or {}, class_names)
@@ -79,7 +79,7 @@ def save(
 
 
 def write(file: Path, state: Mapping[str, Tensor], header: Header) -> None:
-    """Write a file with these tensors: all of a model's, or those that were trained."""
+    """Write a model file with the given tensors: all tensors of a model, or the trained ones."""
     fields: dict[str, Any] = {f.name: getattr(header, f.name) for f in dataclasses.fields(header) if f.name != "recipe"}
     if header.recipe is not None:
         fields |= {"recipe": flatten(header.recipe), "backbone": header.recipe.backbone.name}
@@ -91,7 +91,7 @@ def write(file: Path, state: Mapping[str, Tensor], header: Header) -> None:
 
 
 def read(file: str | Path) -> tuple[dict[str, Tensor], Header]:
-    """Return the tensors and the header. Raises ConfigError if it is not such a file."""
+    """Return the tensors and the header of a model file. Raises ConfigError if the file is not one."""
     try:
         with safe_open(file, "pt") as opened:
             texts = opened.metadata() or {}
@@ -117,8 +117,8 @@ def load(
 ) -> tuple[VideoClassifier, Header]:
     """Return the model that the file was saved from, for inference (`eval`), and the header.
 
-    The backbone comes from its library's hub or from `weights_file`, unless the file holds it. Raises ConfigError if it
-    is not the one that the file was trained on, or if the file has no recipe.
+    The backbone comes from its library's hub or from `weights_file`, unless the file holds it. Raises ConfigError if
+    the backbone is another one than in training, or if the file has no recipe.
     """
     state, header = read(file)
     if header.recipe is None:
@@ -135,9 +135,9 @@ def load(
 
 
 def load_into(model: nn.Module, file: str | Path) -> Header:
-    """Put a file's tensors into a model with the same parts trained; return the header.
+    """Copy a file's tensors into a model with the same trained parameters, and return the header.
 
-    Raises ConfigError if they do not fit, or were trained on another backbone.
+    Raises ConfigError if the tensors do not fit or were trained on another backbone.
     """
     state, header = read(file)
     _check_backbone(model, header, str(file))
@@ -146,7 +146,7 @@ def load_into(model: nn.Module, file: str | Path) -> Header:
 
 
 def is_complete(state: Mapping[str, Tensor]) -> bool:
-    """Return True if these tensors of a `VideoClassifier` include its whole backbone, trained or not."""
+    """Return True if a `VideoClassifier`'s tensors include its whole backbone, trained or frozen."""
     return {"vit.cls_token", "vit.norm.weight", "head.weight"} <= state.keys() and any(
         name.startswith("vit.blocks.0.") for name in state
     )
@@ -156,7 +156,7 @@ def build_complete(recipe: Recipe, state: Mapping[str, Tensor], source: str) -> 
     """Return the recipe's model with all its weights from `state`. Raises ConfigError if they do not fit."""
     seeded = dataclasses.replace(recipe, backbone=dataclasses.replace(recipe.backbone, weights="seed:0"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about dead adapters: nothing is trained here
+        warnings.simplefilter("ignore")  # the warning about dead adapters: nothing is trained here
         model = build_model(seeded)
     check_fit(state, model.state_dict(), source, "is it of another recipe?")
     model.load_state_dict(dict(state))

@@ -1,4 +1,4 @@
-"""The database behind an MLflow store, reached once before MLflow takes over: MLflow makes ten attempts, in 100 s.
+"""A single attempt to reach the database of an MLflow store, before MLflow makes ten of its own, in 100 s.
 
 Only `store` imports this module, after it prepared MLflow's environment.
 """
@@ -12,10 +12,11 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 
 
 def reach_database(uri: str) -> str | None:
-    """Connect to the database of a store once. Raises what SQLAlchemy raises, or OSError if its driver is missing.
+    """Connect once to a store's database, and return the address of its artifacts.
 
-    Returns the address of the artifacts: `mlruns` beside a SQLite file, from wherever a server is started; None for
-    every other kind of store.
+    The address is `mlruns` beside a SQLite file, so that it does not depend on the folder in which a server is started.
+    Every other kind of store gives None. Raises SQLAlchemyError if the database cannot be reached, or OSError if its
+    driver is missing.
     """
     if uri.partition("://")[0].partition("+")[0] not in DATABASE_ENGINES:
         return None
@@ -35,6 +36,6 @@ def _connect(url: sqlalchemy.URL, *, lock: bool) -> None:
     try:
         with engine.connect() as connection:
             if lock:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")  # fails if it is no database, or cannot be written
+                connection.exec_driver_sql("BEGIN IMMEDIATE")  # fails if the file is no database or is read-only
     finally:
         engine.dispose()

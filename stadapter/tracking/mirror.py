@@ -1,8 +1,7 @@
 """A copy of the run folders in MLflow, for comparing trials in a browser.
 
-The run folders are the truth. The copy can be lost and made again at any time (`sync`), so nothing that goes wrong with
-the store may end a sweep or hold it up. Only the driver process writes. `store` says how runs are written; this module
-says what happens if that fails.
+The run folders are the truth. The copy can be lost and made again at any time (`sync`), so no failure of the store may
+end a sweep or hold it up. Only the driver process writes. `store` writes the runs; this module handles its failures.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from stadapter.tracking.store import STORE_ERRORS, Store
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Sweep, Trial
 
-# A store that answers, but slowly, may hold up a sweep by this much in all: seconds, and a share of the time gone by.
+# The most that a slow store may hold up a sweep in all: seconds, plus a share of the sweep's time so far.
 PATIENCE_S, PATIENCE_SHARE = 10.0, 0.01
-OPENING_S = 60.0  # a new database takes seconds, on a busy machine many; a database behind a firewall, for ever
+OPENING_S = 60.0  # a new database takes seconds, many on a busy machine; one behind a firewall never opens
 
 
 class Mirror:
-    """The copy of a running sweep in an MLflow store. The store can make no method raise, or wait for long."""
+    """The copy of a running sweep in an MLflow store. No method raises or waits long because of the store."""
 
     def __init__(
         self,
@@ -47,42 +46,42 @@ class Mirror:
         self.working = True
 
     def start(self, *, wait: bool = True) -> None:
-        """Create the store and the experiment where they are missing, and open the sweep's parent run.
+        """Open the sweep's parent run, creating the store and the experiment if they are missing.
 
-        A new database takes seconds. Without `wait` this returns at once, and the first write waits for it.
+        A new database takes seconds. Without `wait` this returns at once, and the first write waits for the store.
         """
         self._opening = ThreadPoolExecutor(1).submit(self._store.open)
         if wait:
             self._try(self._opened)
 
     def trial_started(self, trial: Trial) -> None:
-        """Open the trial's run, the one it had before if it was interrupted."""
+        """Open the run of a trial, or open it again if the trial was interrupted."""
         self._try(self._store.start_trial, trial)
 
     def trial_epoch(self, trial: Trial) -> None:
-        """Log the epochs that were recorded since the last call."""
+        """Log the epochs of a trial recorded since the last call."""
         self._try(self._store.log_epochs, trial)
 
     def trial_finished(self, trial: Trial) -> None:
-        """Log what is left of a trial that has its record, whether it ran now or long ago."""
+        """Complete the run of a trial that has its record, whether it ran now or earlier."""
         self._try(self._store.finish_trial, trial)
 
     def trial_failed(self, trial: Trial, message: str) -> None:
-        """Log what there is of a trial that will not be tried again now, and why."""
+        """Log the epochs of a trial that this sweep will not try again, and the reason."""
         self._try(self._store.fail_trial, trial, message)
 
     def finish(self, table_files: list[Path], status: str = "FINISHED") -> None:
-        """Attach the tables, and end the parent and what still counts as running. `status` as MLflow names it."""
+        """Attach the tables and end the runs still open. `status` is MLflow's word for the parent run."""
         self._try(self._store.close, table_files, status)
 
     @property
     def address(self) -> str:
-        """The page that compares the arms, below the address of an MLflow server; empty if there is none."""
+        """The path of the page that compares the arms, to append to a server's address; empty without a store."""
         self._try(self._opened)
         return self._store.address if self.working else ""
 
     def _opened(self) -> None:
-        """Wait until the store is open. Raises what opening it raised, or TimeoutError after OPENING_S."""
+        """Wait until the store is open. Raises the error of opening it, or TimeoutError after OPENING_S."""
         opening, self._opening = self._opening, None
         if opening is not None:
             futures.wait([opening], OPENING_S)
@@ -91,7 +90,7 @@ class Mirror:
             opening.result()
 
     def _try(self, method: Callable[..., None], *arguments: Any) -> None:
-        """Call a method of the store; after an error, or when patience is used up, leave the store out for good."""
+        """Call a method of the store; after an error, or when patience is used up, call it no more."""
         if not self.working:
             return
         try:
@@ -102,7 +101,7 @@ class Mirror:
             self._give_up(reason_of(error))
             return
         now = time.monotonic()
-        # A healthy store takes milliseconds, and seconds once, to be created; the rest counts as waiting.
+        # Only calls of more than a second count: a healthy store takes milliseconds, and was created above.
         if now - began > 1:
             self._waited += now - began
         if self._waited > PATIENCE_S + PATIENCE_SHARE * (now - self._began):
@@ -117,9 +116,9 @@ class Mirror:
 
 
 def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "stadapter") -> tuple[int, int]:
-    """Replay the run folders of a sweep into the store; runs that are there already are left alone.
+    """Copy the run folders of a sweep into the store, leaving runs that are complete there alone.
 
-    Returns how many trials are finished, and how many only begun. Raises ConfigError if the store cannot be written.
+    Returns the number of finished trials and of trials only begun. Raises ConfigError if the store cannot be written.
     """
     finished = begun = 0
     try:
@@ -142,7 +141,7 @@ def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "st
 
 
 def reason_of(error: Exception) -> str:
-    """Return what went wrong with a store in one line, without passwords."""
+    """Return a store's error as one line without passwords."""
     text = files.without_passwords((str(error).splitlines() or [""])[0]) or type(error).__name__
     unreachable = re.match(r"API request to (\w+://[^/]+).* failed with exception", text)
     return f"{unreachable[1]} does not answer" if unreachable else text[:160]

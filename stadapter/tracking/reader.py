@@ -1,6 +1,6 @@
-"""Sweeps and their records read back from an MLflow store, where the output folder is not at hand.
+"""Sweeps and their records read back from an MLflow store, without the output folder.
 
-They are read from the files `sweep.json` and `result.json` that the mirror attached.
+The source is the files `sweep.json` and `result.json` that the mirror attached.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from stadapter.trials.sweep import SWEEP, Sweep, load_sweep
 
 
 def from_mlflow(tracking_uri: str, experiment: str = "stadapter") -> list[Answer]:
-    """Return every sweep of an MLflow store with its records, by name.
+    """Return every sweep of an MLflow store with its records, sorted by name.
 
-    Of several parent runs with the same name and recipe, the one begun last counts. Raises ConfigError if the store
+    Of several parent runs with the same name and recipe, the newest counts. Raises ConfigError if the store
     cannot be read or holds no sweep.
     """
     file, shown = tracking_uri.removeprefix("sqlite:///"), files.without_passwords(tracking_uri)
@@ -46,7 +46,7 @@ def from_mlflow(tracking_uri: str, experiment: str = "stadapter") -> list[Answer
 
 
 def pages(tracking_uri: str, experiment: str = "stadapter", most: int = 5) -> list[tuple[str, str]]:
-    """Return the newest sweeps of a store: their names, and their pages below the address of an MLflow server."""
+    """Return the names of the newest sweeps of a store, each with the path of its page on an MLflow server."""
     client = MlflowClient(tracking_uri)
     found = client.get_experiment_by_name(experiment)
     runs = client.search_runs([found.experiment_id], "tags.sweep_id LIKE '%'", max_results=most) if found else []
@@ -65,7 +65,7 @@ def _sweep(client: MlflowClient, parent: Run) -> Sweep | None:
 def _records(client: MlflowClient, parent: Run, sweep: Sweep) -> list[Record | None]:
     """Return the record of each trial in order, None if the store has none."""
     children = search_runs(client, parent.info.experiment_id, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    # The mirror sets the tag `finished` after the files: a run that has it is complete.
+    # The mirror sets the tag `finished` after attaching the files: a run with the tag is complete.
     complete = {run.data.tags["trial_id"]: run.info.run_id for run in children if "finished" in run.data.tags}
     results: list[Record | None] = []
     for trial in sweep.trials:

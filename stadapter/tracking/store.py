@@ -1,4 +1,4 @@
-"""A sweep as runs in MLflow.
+"""A sweep written as runs in MLflow.
 
 parent run   one per sweep: the question and, at the end, its tables and its figure
 child runs   one per trial: parameters, metrics, tags, the files of the run folder, and the trained weights as a model
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# MLflow reads these while it is imported. Its own defaults wait four minutes for a dead server, print the steps of
+# MLflow reads these variables when it is imported. Its defaults wait four minutes for a dead server, print the steps of
 # creating a database, and report usage over the network.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
@@ -40,19 +40,19 @@ from stadapter.trials.record import Record
 from stadapter.trials.sweep import FIGURE, Sweep, Trial, records
 from stadapter.version import __version__
 
-# Raised by a store that is away, full, locked or read-only (`requests` raises OSErrors). Anything else is a bug.
+# Raised if a store is unreachable, full, locked or read-only (`requests` raises OSErrors). Any other error is a bug.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 _COSTS = ("trainable_params", "macs_per_view", "seconds", "cpu_seconds", "peak_memory_mib")
 _ARTIFACTS = (record.CONFIG, record.METRICS, record.RESULT)
 _MODEL, _MODEL_CODE = "model", "stadapter.inference.mlflow_pyfunc"  # not imported here: it needs torch
-_MOST_METRICS = 800  # in a batch: MLflow takes 1,000 entries, parameters and tags counted in
+_MOST_METRICS = 800  # in a batch: MLflow takes 1,000 entries, parameters and tags included
 _PARENT, _NOTE = "mlflow.parentRunId", "mlflow.note.content"
 
 
 class Store:
-    """The runs of one sweep in a store, written from its run folders. Raises STORE_ERRORS.
+    """The runs of one sweep in a store, written from its run folders.
 
-    Every write can be repeated, and then changes nothing.
+    Every method may raise STORE_ERRORS. Repeating a write changes nothing.
     """
 
     def __init__(self, sweep: Sweep, output: Path, tracking_uri: str, experiment: str) -> None:
@@ -60,11 +60,11 @@ class Store:
         self.client: MlflowClient
         self.parent: Run
         self.address = ""
-        self.known: dict[str, Run] = {}  # runs that the parent had when it was opened, by trial id
-        self.runs: dict[str, str] = {}  # run ids by trial id, of the trials touched since
-        self.logged: dict[str, set[int]] = {}  # epochs that the store has, by trial id
-        self.failed: set[str] = set()  # trial ids whose runs bear an error
-        self.unlogged: dict[str, list[Param]] = {}  # parameters that go with the next batch, by run id
+        self.known: dict[str, Run] = {}  # the parent's runs when it was opened, by trial id
+        self.runs: dict[str, str] = {}  # run ids by trial id, of the trials written since
+        self.logged: dict[str, set[int]] = {}  # epochs in the store, by trial id
+        self.failed: set[str] = set()  # trial ids whose runs have the tag `error`
+        self.unlogged: dict[str, list[Param]] = {}  # parameters to send with the next batch, by run id
         arms = [arm.label for arm in sweep.arms]
         self.order = {trial.id: f"{arms.index(trial.arm):03d}-{trial.seed:03d}" for trial in sweep.trials}
 
@@ -91,12 +91,12 @@ class Store:
         found = self.client.get_experiment_by_name(self.experiment)
         if found:
             return str(found.experiment_id)
-        # The tag answers MLflow's question whether this is about language models.
+        # Without the tag MLflow's page asks whether the experiment is about language models.
         kind = {"mlflow.experimentKind": "custom_model_development"}
         return str(self.client.create_experiment(self.experiment, artifacts, kind))
 
     def _note_children(self) -> None:
-        """Remember the trials' runs that the parent has, and correct their order if arms were put between since."""
+        """Remember the parent's runs, and correct their order if arms were inserted since they were made."""
         for run in self._children():
             tags = run.data.tags
             self.known[tags["trial_id"]] = run
@@ -119,7 +119,7 @@ class Store:
         self.client.set_experiment_tag(self.experiment_id, view.TAG + key, saved)
 
     def open_trial(self, trial: Trial) -> str:
-        """Return the id of the trial's run: the one that it has, or a new one that is running."""
+        """Return the id of a trial's run, creating the run if it is missing."""
         if trial.id not in self.runs:
             run = self._resumed_run(trial) or self._create_run(trial)
             if not run.data.params:
@@ -129,10 +129,10 @@ class Store:
         return self.runs[trial.id]
 
     def _resumed_run(self, trial: Trial) -> Run | None:
-        """Return the run that the trial has, noting its epochs; None if it has none of this training.
+        """Return the run of a trial and note its epochs, or return None if the training has no run yet.
 
-        A trial begun anew, by --force or after its folder was deleted, gets another run, since two trainings in one
-        make no curve. The old run goes to MLflow's bin, from where it can be restored.
+        A trial begun anew, by --force or after its folder was deleted, gets another run: two trainings in one run give
+        a broken curve. The old run goes to MLflow's bin, from where it can be restored.
         """
         self.logged[trial.id] = set()
         run = self.known.get(trial.id)
@@ -152,11 +152,11 @@ class Store:
     def _create_run(self, trial: Trial) -> Run:
         tags = {_PARENT: self.parent.info.run_id, "trial_id": trial.id, "arm": trial.arm, "seed": str(trial.seed)}
         tags |= self._tags() | {"order": self.order[trial.id]}
-        name = f"{trial.arm} s{trial.seed}"  # MLflow's list shows fifteen letters
+        name = f"{trial.arm} s{trial.seed}"  # short: MLflow's list shows fifteen letters
         return self.client.create_run(self.experiment_id, _ms(self._began(trial)), tags, name)
 
     def _began(self, trial: Trial) -> float:
-        """Return the time at which the trial began, as far as its folder knows."""
+        """Return the time at which a trial began: from its record, else its first epoch, else now."""
         folder = trial.folder(self.output)
         if result := record.read_result(folder):
             return result.started
@@ -164,14 +164,14 @@ class Store:
         return float(epochs[0]["time"]) if epochs else time.time()
 
     def start_trial(self, trial: Trial) -> None:
-        """Open the trial's run, and set it to running again if it had ended."""
+        """Open a trial's run, and set it to running again if it had ended."""
         run_id = self.open_trial(trial)
         self._log(run_id)
         if trial.id in self.known or trial.id in self.failed:
             self.client.update_run(run_id, status="RUNNING")
 
     def _log(self, run_id: str, metrics: Sequence[Metric] = (), tags: Sequence[RunTag] = ()) -> None:
-        """Log in as few batches as possible: a database takes as long for one number as for a thousand."""
+        """Log to a run in as few batches as possible: a database takes as long for one number as for a thousand."""
         params = self.unlogged.get(run_id, [])
         for start in range(0, len(metrics), _MOST_METRICS) or ([0] if params or tags else []):
             batch = metrics[start : start + _MOST_METRICS]
@@ -181,27 +181,27 @@ class Store:
         self.unlogged.pop(run_id, None)
 
     def _new_epochs(self, trial: Trial) -> list[Metric]:
-        """Return the numbers of the epochs that the store does not have yet."""
+        """Return the metrics of the epochs missing from the store."""
         found: list[Metric] = []
         for epoch in record.read_metrics(trial.folder(self.output)):
             if epoch["epoch"] not in self.logged[trial.id]:
                 values = {name: value for name, value in epoch.items() if name not in {"epoch", "step", "time"}}
-                if "seconds" in values:  # the name of the trial's own metric
+                if "seconds" in values:  # the trial's metric has this name
                     values["epoch_seconds"] = values.pop("seconds")
-                # First, because MLflow's page of selected runs begins with the metric that was logged first.
+                # Logged first, because MLflow's page of selected runs begins with the metric logged first.
                 first = {name: values[name] for name in ("val_top1",) if name in values}
                 found += _metrics(first | values, _ms(epoch["time"]), epoch["epoch"])
         return found
 
     def log_epochs(self, trial: Trial) -> None:
-        """Log the epochs that the store does not have yet."""
+        """Log the epochs missing from the store."""
         run_id = self.open_trial(trial)
         metrics = self._new_epochs(trial)
         self._log(run_id, metrics)
         self.logged[trial.id] |= {metric.step for metric in metrics}
 
     def finish_trial(self, trial: Trial) -> None:
-        """Log all that a finished trial left: files, model, epochs and numbers. The tag `finished` comes last."""
+        """Log a finished trial: files, model, epochs, results. The tag `finished` comes last."""
         folder = trial.folder(self.output)
         result = record.read_result(folder)
         assert result is not None, f"{folder} has no {record.RESULT}"
@@ -213,7 +213,7 @@ class Store:
         self._log_files(run_id, trial)
         epochs = self._new_epochs(trial)
         tags = [RunTag(name, str(getattr(result, name))) for name in ("git_commit", "device", "precision")]
-        # With the numbers and after the files: a run that has this tag is complete.
+        # Sent with the numbers, after the files: a run with this tag is complete.
         tags.append(RunTag("finished", str(finished)))
         self._log(run_id, [*epochs, *_metrics(_results(result), finished, 0)], tags)
         self.logged[trial.id] |= {metric.step for metric in epochs}
@@ -259,15 +259,15 @@ class Store:
         self.client.set_terminated(self.runs[trial.id], "FAILED")
 
     def close(self, table_files: list[Path], status: str) -> None:
-        """Attach the tables, describe the parent run, and end it and the runs of trials that nobody trains."""
+        """Attach the tables, describe and end the parent run, and end the runs of trials that no process trains."""
         for run in list(self._children(" AND attributes.status = 'RUNNING'")):
-            # Another launch may be training it.
+            # A locked trial may be in training by another launch.
             if not lock.owner_of(self.output / "trials" / run.data.tags["trial_id"]):
                 self.client.set_terminated(run.info.run_id, "KILLED")
         parent_id = self.parent.info.run_id
         for path in table_files:
             self.client.log_artifact(parent_id, str(path))
-        # The description is a part of the parent's first page.
+        # MLflow shows the description on the parent run's first page.
         texts = [self.sweep.question, *(path.read_text() for path in table_files if path.suffix == ".md")]
         if any(path.name == FIGURE for path in table_files):
             texts.insert(1, f"![figure](get-artifact?path={FIGURE}&run_uuid={parent_id})")
@@ -281,7 +281,7 @@ class Store:
 
 
 def search_runs(client: MlflowClient, experiment_id: str, condition: str) -> Iterator[Run]:
-    """Yield all runs of an experiment that meet the condition, newest first, page by page."""
+    """Yield the runs of an experiment that meet a condition, newest first, page by page."""
     token = None
     while token != "":
         page = client.search_runs([experiment_id], condition, max_results=1000, page_token=token)
@@ -290,9 +290,10 @@ def search_runs(client: MlflowClient, experiment_id: str, condition: str) -> Ite
 
 
 def _sweep_id(sweep: Sweep, output: Path) -> str:
-    """Return the name of the parent run, a hash of the question, the recipe and the output folder, wherever it moves.
+    """Return the id of the parent run: a hash of the question, the recipe and an id kept in the output folder.
 
-    More seeds or arms belong to the same parent; the same question in another --output, or with --set, does not.
+    More seeds or arms belong to the same parent, also after the folder moved. The same question in another --output, or
+    with --set, has another parent.
     """
     path = output / "ledger_id"
     if not path.exists():
@@ -303,18 +304,18 @@ def _sweep_id(sweep: Sweep, output: Path) -> str:
 
 
 def _results(result: Record) -> dict[str, float]:
-    """Return the numbers of a finished trial: they are logged at step 0, which MLflow draws as bars."""
+    """Return the metrics and costs of a finished trial, to log at step 0, which MLflow draws as bars."""
     costs = {name: value for name in _COSTS if (value := getattr(result, name)) is not None}
     return {_test(name): value for name, value in result.metrics.items()} | costs
 
 
 def _test(name: str) -> str:
-    """Return a metric's name with the prefix that gives the results a section of their own above the curves."""
+    """Return a metric's name under `test/`: the prefix gives results a separate section above the curves."""
     return "test/" + name.removeprefix("test_")
 
 
 def _metrics(values: dict[str, Any], timestamp: int, step: int) -> list[Metric]:
-    """Return the values that are finite numbers: a store would show infinity as 1.8e308."""
+    """Return the finite numbers as metrics: a store would show infinity as 1.8e308."""
     return [
         Metric(name, float(value), timestamp, step)
         for name, value in values.items()

@@ -1,8 +1,8 @@
 """The page that MLflow opens on a sweep: one bar per arm, seeds averaged, arms in the order of the table.
 
-MLflow keeps saved views ("Views" above the list of runs) as tags of the experiment, in JSON: a name and a state. The
-state's format is not documented (written for MLflow 3.17). A version that reads it differently shows its default
-charts; the runs are untouched.
+MLflow keeps saved views ("Views" above the list of runs) as JSON in tags of the experiment: a name and a state. The
+state's format is undocumented; this is that of MLflow 3.17. A version that reads it differently shows its default
+charts; the runs are unaffected.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from stadapter.trials.sweep import Sweep
 
 TAG = "mlflow.sharedViewState."
 _SECTION = "arms"
-# Step by step, not smoothed: MLflow's default draws 84 where 98 was measured.
+# By step and unsmoothed: MLflow's default smoothing draws 84 where 98 was measured.
 _EPOCHS = {"lineSmoothness": 0, "useGlobalLineSmoothing": False, "xAxisKey": "step", "displayPoints": True, "range": {}}
 
 
 def saved_view(sweep: Sweep, parent_id: str, created_ms: int, test_metrics: list[str]) -> str:
-    """Return the tag's value. `test_metrics` are named as they are logged, the one that decides first."""
+    """Return the tag value that saves a sweep's view. `test_metrics` are names as logged, the deciding one first."""
     ablated = list(dict.fromkeys(path for arm in sweep.arms for path in arm.fields))
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'",
@@ -47,11 +47,11 @@ def _section(sweep: Sweep) -> dict[str, Any]:
 
 
 def _charts(test_metrics: list[str]) -> list[dict[str, Any]]:
-    """Return the charts of the page in their order."""
+    """Return the charts of the page in order."""
     charts: list[dict[str, Any]] = [
         {"type": "BAR", "metricKey": test_metrics[0]},
         _epochs("val_top1"),
-        # Cost against gain: an arm to the right of another and not above it is not worth its parameters.
+        # Cost against gain: an arm to the right of another but not above it is not worth its parameters.
         {"type": "SCATTER", "xaxis": _metric("trainable_params"), "yaxis": _metric(test_metrics[0])},
         *({"type": "BAR", "metricKey": name} for name in test_metrics[1:]),
         _epochs("train_loss"),
@@ -62,7 +62,7 @@ def _charts(test_metrics: list[str]) -> list[dict[str, Any]]:
 
 
 def params(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe's fields as text. A kernel's extents stand alone too: numbers can be the axis of a chart."""
+    """Return a recipe's fields as text, a kernel's three extents also singly: a chart's axis needs numbers."""
     params: dict[str, str] = {}
     for path, value in flatten(recipe).items():
         if path == "adapter.kernel_size":
@@ -78,9 +78,9 @@ def params(recipe: Recipe) -> dict[str, str]:
 
 
 def _arm(sweep: Sweep, ablated: list[str]) -> dict[str, str]:
-    """Return what MLflow groups runs by: the ablated field if the arms' labels end in its values, or the labels.
+    """Return MLflow's grouping of runs: by the ablated field if the arms' labels end in its values, else by label.
 
-    The list of runs is narrow: it shows `kernel ...` of a label `kernel 3x3x3`, but the whole value of a field.
+    The list of runs is narrow: of the label `kernel 3x3x3` it shows `kernel ...`, but of a field the whole value.
     """
     if len(ablated) == 1 and all(t.arm.endswith(f" {params(t.recipe)[ablated[0]]}") for t in sweep.trials):
         return {"mode": "param", "groupByData": ablated[0]}
@@ -88,7 +88,7 @@ def _arm(sweep: Sweep, ablated: list[str]) -> dict[str, str]:
 
 
 def address(experiment_id: str, key: str) -> str:
-    """Return the address of a saved view below that of an MLflow server."""
+    """Return the path of a saved view, to append to the address of an MLflow server."""
     query = {"viewStateShareKey": key, "compareRunsMode": "CHART", "workflowType": "machine_learning"}
     return f"/#/experiments/{experiment_id}/runs?{urlencode(query)}"
 

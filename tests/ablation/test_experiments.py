@@ -1,4 +1,4 @@
-"""The scripts in experiments/: the arms that they make of words and recipes. Whole sweeps: cluster/test_sweeps."""
+"""The arms that the scripts in experiments/ make of words and recipes. cluster/test_sweeps.py has whole sweeps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def script(name: str) -> Any:
 
 @pytest.fixture
 def default_arms(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Recipe], list[Arm]]:
-    """The arms that a script runs on a recipe, taken from what it gives to the command line."""
+    """Return the arms that a script runs on a recipe, taken from its call of the command line."""
 
     def arms(name: str, recipe: Recipe) -> list[Arm]:
         given: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def test_one_weights_file_cannot_serve_two_pretrainings() -> None:
 
 @pytest.fixture(scope="module")
 def layouts(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A few clips of two classes, laid out as Something-Something-v2, Kinetics-400 and EPIC-Kitchens-100 are.
+    """Write a few clips of two classes in the layouts of Something-Something-v2, Kinetics-400 and EPIC-Kitchens-100.
 
     EPIC's clips are of two verbs and three nouns.
     """
@@ -202,7 +202,7 @@ WORDS = {
     "ablate_kernel": ("1", "3x3x3"),
     "ablate_placement": ("before_mhsa", "parallel"),
     "ablate_width": ("/2", "x1"),
-    "compare_pretraining": ("random",),  # what is downloaded, or comes with the package, is not small
+    "compare_pretraining": ("random",),  # the other weights are downloaded or not small
     "compare_strategies": ("st_adapter", "full_space_time"),
 }
 

@@ -1,4 +1,4 @@
-"""The flags about reading clips, alike in every command."""
+"""The flags about reading clips, which are the same in every command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decisions on GPUs before one is touched, tested with pretended devices."""
+"""Decisions about GPUs before one is used, tested with simulated devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small data sets laid out as Something-Something-v2, Kinetics and EPIC-Kitchens-100, from their lists to a table."""
+"""Small data sets in three published layouts (SSv2, Kinetics, EPIC-Kitchens-100), from their lists to a table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def address() -> Iterator[str]:
 
 
 def clips_of(folder: Path, split: str) -> list[tuple[Path, int]]:
-    """(file, class) of the shared clips."""
+    """Return the shared clips of a split as pairs (file, class)."""
     classes = sorted(path.name for path in (folder / split).iterdir())
     return [(path, classes.index(path.parent.name)) for path in sorted((folder / split).glob("*/*.mp4"))]
 
@@ -71,7 +71,7 @@ def lay_out_kinetics(source: Path, root: Path) -> None:
 
 
 def lay_out_epic(source: Path, root: Path) -> None:
-    """Clips cut before, named by their narration."""
+    """Write clips that are cut already, named by their narration."""
     (root / "videos").mkdir()
     header = "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,start_frame,stop_frame,narration,verb"
     for split, file in (("train", "EPIC_100_train.csv"), ("val", "EPIC_100_validation.csv")):

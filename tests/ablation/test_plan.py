@@ -1,4 +1,4 @@
-"""What --plan prints before anything is started."""
+"""The output of --plan, before anything starts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_gpu_is_known_by_the_drivers_name_for_it(device: str, name: str | None
 
 
 def test_saved_activations_are_what_autograd_keeps_on_a_real_device(tiny_recipe: Recipe) -> None:
-    """Counted on meta tensors; the CPU keeps the same but for its own attention and convolution."""
+    """The count on meta tensors equals the CPU's, except for the CPU's attention and convolution."""
     model = build_model(tiny_recipe)
     kept: dict[int, int] = {}
     own = {parameter.data_ptr() for parameter in model.parameters()}
@@ -118,7 +118,7 @@ def test_optimiser_weights_and_gradients_are_counted_exactly(tiny_recipe: Recipe
 
 
 def test_the_least_that_is_kept_has_no_attention_weights() -> None:
-    """In float32 a kernel keeps its output and a sum per row, in every block but the last, where CLS alone asks."""
+    """In float32 a kernel keeps its output and a sum per row, in every block but the last, where only CLS attends."""
     recipe = config.replace(recipes.ssv2_clip_b16, **{"optim.precision": "float32"})
     memory = memory_of(recipe, cost_of(recipe), 1)
     frames, heads, tokens, width, blocks = 8, 12, 197, 768, 11
@@ -159,7 +159,7 @@ def test_a_rate_is_the_operations_of_finished_trials_over_their_seconds(tmp_path
 
 
 def test_a_frozen_backbone_takes_no_weight_gradients() -> None:
-    """It takes the gradients of activations, above the first adapter; full fine-tuning takes both."""
+    """A frozen backbone computes gradients of activations above the first adapter; full fine-tuning computes both."""
     work = Work(100, 0, 0, True)
     by_strategy = {}
     for strategy in ("linear_probe", "st_adapter", "full"):

@@ -1,4 +1,4 @@
-"""A sweep from Python: no argparse, no exit, and not a word on the terminal but through an observer."""
+"""A sweep run from Python, without argparse, an exit, or output other than through an observer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stadapter.trials.sweep import Sweep, make_sweep
 
 
 class Recording:
-    """An observer that keeps what it is told."""
+    """An observer that records its calls."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

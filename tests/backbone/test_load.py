@@ -1,4 +1,4 @@
-"""Every library's weights end in the same plain ViT, and it computes what the library computes."""
+"""The weights of every library load into the same plain ViT, which computes the library's outputs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 @pytest.fixture
 def clip_tower() -> OpenClipVit:
-    """A tiny CLIP image tower of open_clip's with random weights, which gives its tokens after the final norm."""
+    """Return a tiny image tower of open_clip with random weights, which outputs its tokens after the final norm."""
     tower = OpenClipVit(**TINY, act_layer=open_clip.transformer.QuickGELU, output_tokens=True).eval()
     randomise(tower)
     return tower
@@ -51,7 +51,7 @@ def clip_tower() -> OpenClipVit:
 
 @pytest.fixture
 def clip_state(clip_tower: OpenClipVit) -> dict[str, torch.Tensor]:
-    """As a whole CLIP model stores it: beside a text tower."""
+    """Return the state of a whole CLIP model, which has a text tower too."""
     state = {f"visual.{name}": tensor for name, tensor in clip_tower.state_dict().items()}
     return state | {"transformer.resblocks.0.mlp.c_fc.weight": torch.zeros(2, 2), "logit_scale": torch.zeros(())}
 

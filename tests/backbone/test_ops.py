@@ -23,7 +23,7 @@ T = 4
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A function that turns the custom autograd functions off for the rest of the test."""
+    """Return a function that turns the custom autograd functions off for the rest of the test."""
     return lambda: monkeypatch.setattr(ops, "wanted", lambda *tensors: False)
 
 
@@ -35,7 +35,7 @@ def seeded(module: nn.Module) -> nn.Module:
 
 
 def results(function: Callable[..., Tensor], inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-    """The output, and the gradients of everything."""
+    """Return the output and all gradients."""
     out = function(*inputs)
     generator = torch.Generator().manual_seed(2)
     up = torch.randn(out.shape, generator=generator).to(out.dtype)
@@ -49,7 +49,7 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) ->
 
 
 def kept(function: Callable[[], Tensor], own: nn.Module) -> int:
-    """Return how many numbers the graph keeps, those of parameters left out."""
+    """Return how many numbers the graph keeps, without those of parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in own.parameters()}
     storages: dict[int, int] = {}
 

@@ -1,3 +1,5 @@
+"""Decoding on other nodes of a Ray cluster."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -27,7 +29,7 @@ CONFIG = DataConfig("folder", COUNT, num_frames=4, frame_size=32, horizontal_fli
 
 @pytest.fixture(scope="module")
 def other_node() -> Iterator[str]:
-    """Yield the id of the only node with CPUs; this process is at another node, which has none."""
+    """Yield the id of the only node with CPUs. This process runs on another node, without CPUs."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         node = cluster.add_node(num_cpus=2)

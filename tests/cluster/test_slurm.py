@@ -1,4 +1,4 @@
-"""Slurm itself, on this machine: jobs are submitted, signalled, put back into the queue, stopped and cancelled.
+"""A real Slurm on this machine: jobs are submitted, signalled, requeued, stopped and cancelled.
 
 The script and Ray, which takes seconds to start, are stand-ins; tests/faults has real sweeps under Slurm.
 """
@@ -61,7 +61,7 @@ esac
 
 @pytest.fixture
 def job(slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SlurmHandle]:
-    """Return a function that submits the stand-in of a script, with more flags for Slurm or for the script."""
+    """Return a function that submits the stand-in of a script, with further flags for Slurm or the script."""
     checkout, tools = tmp_path / "checkout", tmp_path / "tools"
     checkout.mkdir()
     tools.mkdir()

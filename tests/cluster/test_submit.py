@@ -41,7 +41,7 @@ BACKENDS = {
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A git checkout with a script, as the current folder."""
+    """Make a git checkout with a script the current folder."""
     root = tmp_path / "my checkout"
     (root / "experiments").mkdir(parents=True)
     (root / "experiments" / "ablate.py").write_text("print('ran')\n")
@@ -214,7 +214,7 @@ def test_python_makes_the_artefact_that_the_command_prints(
 
 
 class Nowhere:
-    """A back end made for a test: it takes any job and runs none."""
+    """A back end for tests that takes any job and runs none."""
 
     name = "slurm"
     shared_paths = True
@@ -268,7 +268,7 @@ OLD_RECORD = {
 
 
 def misfits(value: Any, fields: Any, where: str = "") -> list[str]:
-    """Return a line for each place where `value` is not as the published definition has it."""
+    """Return a line for each place where `value` deviates from the published definition."""
     if isinstance(fields, str):
         types = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
         allowed = tuple(types[word] for word in fields.split(" or "))
@@ -298,7 +298,7 @@ def test_every_field_of_the_manifest_is_one_of_kuberay_s_definition(
     manifest["spec"]["backoffLimit"] = "10"
     manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["container"] = []
     del manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
-    assert len(misfits(manifest, fields)) == 3  # the check finds what is wrong
+    assert len(misfits(manifest, fields)) == 3  # the check finds every misfit
 
 
 def test_an_archive_is_of_the_commit_and_only_of_it(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +315,7 @@ def test_an_archive_is_of_the_commit_and_only_of_it(checkout: Path, capsys: pyte
 def test_kubectl_gets_the_manifest_and_is_asked_by_name(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kubectl is a stand-in, for want of a Kubernetes cluster."""
+    """kubectl is a stand-in: there is no Kubernetes cluster here."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "kubectl").write_text(f'#!/bin/sh\necho "$*" >> {tools}/said\necho Running RUNNING\n')
@@ -337,7 +337,7 @@ def test_kubectl_gets_the_manifest_and_is_asked_by_name(
 def test_slurm_gets_the_script_and_is_asked_by_number(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slurm's commands are stand-ins; `test_slurm` has Slurm itself."""
+    """Slurm's commands are stand-ins; tests/cluster/test_slurm.py has a real Slurm."""
     tools = tmp_path / "tools"
     tools.mkdir()
     answers = {"sbatch": "12;cluster", "squeue": "RUNNING |None |1 |", "scancel": ""}
@@ -563,7 +563,7 @@ TOOLS = {
 def test_a_slurm_job_tells_its_driver_once_and_a_stop_after_slurm_s_warning_is_the_end(
     asked: tuple[str, ...], requeued: bool, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The test sends the signals that Slurm sends; `test_slurm` has Slurm itself."""
+    """The test sends Slurm's signals; tests/cluster/test_slurm.py has a real Slurm."""
     tools, output = tmp_path / "tools", tmp_path / "runs"
     tools.mkdir()
     for name, line in TOOLS.items():

@@ -1,4 +1,4 @@
-"""Sweeps: the command as a user runs it, on real files, a real Ray and a real MLflow store."""
+"""Sweeps run with a user's commands, on real files, a real Ray and a real MLflow store."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_bad_input_has_a_one_line_answer_and_starts_nothing(
 
 
 def test_trials_find_a_cache_that_was_named_by_a_relative_path(tmp_path: Path) -> None:
-    """Tune changes the working directory: with a relative path each trial would render the embedded world again."""
+    """Tune changes the working directory; with a relative path each trial would render the embedded world again."""
     probe = "import os, stadapter.cluster.runner; print(os.environ['STADAPTER_CACHE'])"
     environment = {**os.environ, "STADAPTER_CACHE": "cache", "PYTHONPATH": str(ROOT)}
     said = subprocess.run(
@@ -328,7 +328,7 @@ def test_the_sweep_folder_describes_the_sweep(output: Path) -> None:
 
 
 def test_the_processes_of_a_ray_that_is_started_here_know_its_address(cluster: Cluster) -> None:
-    """Ray Train frees the CPUs of a trial that died through an address, and may guess that of another Ray."""
+    """Ray Train uses an address to free the CPUs of a trial that died, and may guess that of another Ray."""
     before = os.environ.get("RAY_ADDRESS")
     told = ray.remote(lambda: os.environ.get("RAY_ADDRESS")).options(num_cpus=0)
     assert ray.get(told.remote()) == ray.get_runtime_context().gcs_address != before

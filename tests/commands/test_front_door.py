@@ -1,4 +1,4 @@
-"""The console command: every command in one place, light until one runs, with the exit codes that its help names."""
+"""The console command: every command in one place, light `--help`, and the exit codes that the help names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMANDS = (
 
 
 def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Each command that can be typed, with its parser."""
+    """Yield every command with its parser."""
     (deeper,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)] or [None]
     if deeper is None:
         yield name, parser

@@ -1,4 +1,4 @@
-"""Files that no decoder likes: a run goes on, says which they were, and gives the same numbers however it is run."""
+"""Unreadable clips: a training goes on, names them, and gives the same numbers however it is run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_audio(path: Path) -> None:
 
 
 def write_oddities(folder: Path) -> None:
-    """One file of each of BAD and ODD."""
+    """Write one file of each kind in BAD and ODD."""
     good = write_grey(folder / ODD[2])
     (folder / BAD[0]).touch()
     (folder / BAD[1]).write_bytes(good.read_bytes()[: good.stat().st_size // 2])
@@ -60,7 +60,7 @@ def write_oddities(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def odd_folder(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared clips with one of each oddity among them, as lists, since a name in a folder tree has no subfolder."""
+    """Write lists of the shared clips with one file of each kind; in a folder tree no name could have a subfolder."""
     root = tmp_path_factory.mktemp("odd")
     for split in ("train", "val"):
         good = sorted(str(path.relative_to(clip_folder)) for path in clip_folder.glob(f"{split}/*/*.mp4"))
@@ -75,7 +75,7 @@ def odd_folder(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def run(recipe: Recipe, root: Path, folder: Path, workers: int) -> dict[str, Any]:
-    """Train and test; a test clip is removed after the first epoch."""
+    """Train and test, removing a test clip after the first epoch."""
     recipe = config.replace(recipe, **{"data.dataset": "list"})
     victim = root / "val" / VANISHES
     kept = victim.read_bytes()
@@ -171,7 +171,7 @@ def one_clip(tmp_path: Path) -> ClipList:
 
 @pytest.fixture
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A decoder that never returns from b.mp4; the list holds the files it was asked for."""
+    """Install a decoder that never returns from b.mp4, and return the list of files requested from it."""
     decode, asked = reading_module.decode, []
 
     def hang(path: Any, *args: Any, **options: Any) -> np.ndarray:
@@ -242,7 +242,7 @@ class VideoReader:
 
 @pytest.fixture
 def crashing_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stands in for decord in the process apart: it kills its process at b.mp4, and never returns from c.mp4."""
+    """Install a stand-in for decord that kills its separate process at b.mp4, and never returns from c.mp4."""
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake" / "decord.py").write_text(CRASHING_DECORD)
     monkeypatch.syspath_prepend(tmp_path / "fake")

@@ -1,4 +1,4 @@
-"""`stadapter check`: finds every bad clip, and leaves the user's files alone."""
+"""The command `stadapter check` finds every bad clip and leaves the user's files alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FOUND = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A list with one clip of each problem; a good clip's length is its name."""
+    """Write a list with one clip of each problem. A good clip's name is its length."""
     root = tmp_path_factory.mktemp("checked")
     for length in (10, 11, 12):
         write_grey(root / "train" / f"räum té {length}.mp4", num_frames=length)

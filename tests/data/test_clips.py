@@ -1,3 +1,5 @@
+"""The clips of a training and of a test: their order, their split over processes, and unreadable ones."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,7 +28,7 @@ CONFIG = DataConfig("folder", COUNT, num_frames=4, frame_size=32, horizontal_fli
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipList:
-    """Eleven readable clips; the label is the index."""
+    """Write eleven readable clips, labelled with their index."""
     root = tmp_path_factory.mktemp("clips")
     paths = [f"{i}.mp4" for i in range(COUNT)]
     for i, path in enumerate(paths):
@@ -38,7 +40,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipList:
 
 @pytest.fixture
 def damaged(clips: ClipList, tmp_path: Path) -> ClipList:
-    """The same, with clips 3 and 4 unreadable."""
+    """Return the eleven clips with clips 3 and 4 unreadable."""
     for path in clips.paths:
         (tmp_path / path).write_bytes(b"" if path in ("3.mp4", "4.mp4") else (Path(clips.root) / path).read_bytes())
     return dataclasses.replace(clips, root=str(tmp_path))
@@ -51,7 +53,7 @@ def frame_numbers(pixels: Tensor) -> list[int]:
 def collect(
     clips: ClipList, *, world_size: int = 1, micro_batch: int | None = None, num_workers: int = 0
 ) -> dict[int, Tensor]:
-    """Pixels of steps 0 to 3 by step * G + position, gathered from all ranks."""
+    """Return the pixels of steps 0 to 3 by step * G + position, gathered from all ranks."""
     gathered = {}
     for rank in range(world_size):
         loader = train_loader(

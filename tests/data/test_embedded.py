@@ -1,4 +1,4 @@
-"""The embedded video world: balance, determinism, files, and that no frame tells which way time runs."""
+"""The embedded video world: balance, determinism, files, and single frames that hide the direction of time."""
 
 import csv
 import hashlib
@@ -61,7 +61,7 @@ def test_the_second_class_of_a_pair_is_the_first_one_backwards(pair: int) -> Non
 
 
 def test_first_and_last_frames_of_a_pair_are_distributed_alike() -> None:
-    """Over many clips, where class 2p starts is where class 2p + 1 ends, and the sets of frames agree in the mean."""
+    """Over many clips, class 2p starts where class 2p + 1 ends, and the sets of frames agree in the mean."""
 
     def positions(motion: int) -> np.ndarray:
         return np.stack(
@@ -162,7 +162,7 @@ def test_still_images_name_their_digits_and_patches() -> None:
 
 
 def test_numbers_of_older_worlds_and_weights_are_not_mistaken_for_new_ones() -> None:
-    # A trial is found again by its recipe and RESULTS_VERSION. Whoever changes the world or its backbone changes what
-    # the embedded recipes give, and raises RESULTS_VERSION with this line.
+    # A trial is found again by its recipe and RESULTS_VERSION. A change of the world or its backbone changes the
+    # embedded recipes' numbers: raise RESULTS_VERSION, and change this line with it.
     digest = hashlib.sha256(EMBEDDED_WEIGHTS.read_bytes()).hexdigest()[:12]
     assert (RESULTS_VERSION, embedded_rendering.WORLD_VERSION, digest) == (1, 2, "e899c1d43c7f")

@@ -1,3 +1,5 @@
+"""The cache of decoded frames."""
+
 from __future__ import annotations
 
 import argparse
@@ -52,7 +54,7 @@ def make(tmp_path: Path, video: Path) -> Callable[..., ClipCache]:
 
 
 class Decoder:
-    """Decodes, and notes which frames it was asked for."""
+    """A decoder that records the requested frames."""
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
@@ -145,7 +147,7 @@ def test_a_cached_clip_at_an_address_is_not_fetched_again(
 
 
 def test_an_address_has_one_place_wherever_a_process_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every trial of a sweep works in a folder of its own."""
+    """Every trial of a sweep works in a separate folder."""
     places = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -174,7 +176,7 @@ def test_a_full_cache_stays_within_its_limit_and_changes_no_frame(make: Callable
     assert 0 < make(limit).used_bytes() <= limit
     decoder = Decoder()
     cache.read(video, [0, 1, 2], decoder)
-    assert not decoder.asked  # what is in stays in
+    assert not decoder.asked  # cached frames stay cached
 
 
 def test_a_new_data_set_takes_the_room_of_an_old_one(make: Callable[..., ClipCache], video: Path) -> None:

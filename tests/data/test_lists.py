@@ -1,3 +1,5 @@
+"""Lists of clips, as published and as users write them."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,7 +22,7 @@ def config(dataset: str, num_classes: int = 3) -> DataConfig:
 
 
 def touch(root: Path, *paths: str) -> None:
-    """Readers look for files, and do not open them."""
+    """Write an empty file: the readers look for files and do not open them."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
@@ -224,7 +226,7 @@ def test_a_folder_without_clips_is_a_config_error(tmp_path: Path) -> None:
         load_clips(config("folder"), tmp_path, "train")
 
 
-# --- what holds for all
+# --- all formats
 
 
 @pytest.mark.parametrize("dataset", ["ssv2", "kinetics400", "epic_kitchens100", "folder"])

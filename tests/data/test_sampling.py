@@ -1,3 +1,5 @@
+"""The frames and crops sampled from a clip."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Clips at addresses: copied here once, whole or not at all, and never more than allowed."""
+"""Clips at addresses are copied to this machine once, whole or not at all, and never more than allowed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stadapter.training.options import TrainOptions
 
 @pytest.fixture
 def bucket() -> Iterator[fsspec.AbstractFileSystem]:
-    """An empty object store in memory, at memory://bucket."""
+    """Return an empty object store in memory, at memory://bucket."""
     system = fsspec.filesystem("memory")
     system.store.clear()
     yield system

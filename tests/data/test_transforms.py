@@ -1,3 +1,5 @@
+"""Resizing, cropping and augmenting frames."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,12 +22,12 @@ def config(**fields: object) -> DataConfig:
 
 
 def frames(height: int, width: int, count: int = FRAMES) -> np.ndarray:
-    """Noise that changes from frame to frame."""
+    """Return noise that changes from frame to frame."""
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 def still(height: int, width: int) -> np.ndarray:
-    """The same picture in every frame."""
+    """Return the same picture in every frame."""
     return np.repeat(frames(height, width, 1), FRAMES, axis=0)
 
 
@@ -151,7 +153,7 @@ def test_settings_that_cannot_work_are_config_errors(fields: dict[str, object], 
 
 
 def plain(given: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """The authors' way: normalise in float32, then resize; undone again, to compare pixels."""
+    """Return pixels resized as by the authors, after normalising in float32; the normalisation is undone to compare."""
     mean, std = 0.45, 0.225
     normalised = (torch.from_numpy(given).permute(0, 3, 1, 2).float() / 255 - mean) / std
     resized = F.interpolate(normalised, size=(height, width), mode="bicubic", align_corners=False)

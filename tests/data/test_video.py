@@ -1,3 +1,5 @@
+"""Decoding video files."""
+
 from __future__ import annotations
 
 import subprocess
@@ -136,7 +138,7 @@ def test_a_file_cut_before_its_index_is_a_clip_error(videos: Path, tmp_path: Pat
 
 
 def _moov_first(path: Path, target: Path) -> bytes:
-    """The bytes of the same streams with the index at the front of the file."""
+    """Return the same streams with the index at the front of the file."""
     with av.open(str(path)) as source, av.open(str(target), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):

@@ -1,4 +1,4 @@
-"""Faults, injected for real into a sweep that runs: every trial ends once, with the numbers of an undisturbed sweep.
+"""Real faults injected into a running sweep: every trial ends once, with the numbers of an undisturbed sweep.
 
 `make faults` injects all of them and prints the matrix; `make test` injects some. The sweep has two trials, mostly one
 after the other, and the fault comes in the middle of the second: the first must not be run again.
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass
 class Sweep:
-    """The sweep of `traced.py` in a new folder."""
+    """The sweep of traced.py in a new folder."""
 
     folder: Path
     flags: list[str]
@@ -84,7 +84,7 @@ class Sweep:
         return [Step(int(extent), int(rank), int(pid), float(at)) for extent, rank, pid, at in lines]
 
     def wait_for_step(self, number: int) -> list[Step]:
-        """Wait until rank 0 has begun so many steps, and return the steps."""
+        """Wait until rank 0 has begun the given number of steps, and return the steps."""
         wait_until(lambda: sum(step.rank == 0 for step in self.steps()) >= number, self)
         return self.steps()
 
@@ -465,7 +465,7 @@ class Nodes:
     raylets: list[int]
 
     def home_of(self, pid: int) -> int:
-        """Return the raylet on whose node this process runs."""
+        """Return the raylet of the node on which a process runs."""
         (raylet,) = (raylet for raylet in self.raylets if pid in descendants(raylet))
         return raylet
 

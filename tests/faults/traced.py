@@ -1,4 +1,4 @@
-"""Does a sweep come through whatever happens to it? Two arms whose every training step is written down in $TRACE.
+"""Does a sweep survive every fault? Two arms that write each training step to the file $TRACE.
 
 `test_faults.py` injects its faults into this sweep. A custom adapter makes the training steps visible from outside.
 """

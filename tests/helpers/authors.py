@@ -16,12 +16,12 @@ from stadapter.config import Recipe
 
 
 def is_theirs(name: str) -> bool:
-    """Return True if the authors' code trains this tensor. It keeps the others frozen, in half precision."""
+    """Return True if the authors' code trains a tensor. The other tensors are frozen, in half precision."""
     return ".adapter_pre_" in name or name.startswith("fc.")
 
 
 def authors_file(path: Path, golden: Golden, *, half: bool = False, backbone: bool = True) -> Path:
-    """Write a checkpoint as their `save_model` does: `model`, all of it or without the backbone, and the optimiser."""
+    """Write a checkpoint like the authors' `save_model`: `model`, whole or without the backbone, and the optimiser."""
     state = {
         name: tensor.half() if half and not is_theirs(name) else tensor
         for name, tensor in golden.state.items()
@@ -33,7 +33,7 @@ def authors_file(path: Path, golden: Golden, *, half: bool = False, backbone: bo
 
 @cache
 def golden_backbone(layers: int = 3) -> str:
-    """Register the golden vectors' backbone, or its first layers, with open_clip; returns its name."""
+    """Register the golden vectors' backbone, or its first layers, with open_clip, and return its name."""
     c = Golden(FILES[0]).config
     vision = {
         "image_size": c["input_resolution"],

@@ -1,4 +1,4 @@
-"""Golden vectors: what the authors' published models computed, and our models with the same weights."""
+"""Golden vectors: outputs of the authors' published models, and our models with the same weights."""
 
 from __future__ import annotations
 
@@ -60,6 +60,6 @@ class Golden:
 
 
 def assert_relative(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """To 1e-5 of the tensor's largest value."""
+    """Assert equality to 1e-5 of the tensor's largest value."""
     error = (got - expected).abs().max().item()
     assert error <= 1e-5 * expected.abs().max().item(), f"{what}: off by {error}"

@@ -1,4 +1,4 @@
-"""Output folders with made-up records, for tests that read records. Not one number here was measured."""
+"""Output folders with made-up records, for tests that read records. No number here was measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def kernel_sweep(seeds: int = 2, recipe: Recipe = recipes.embedded) -> Sweep:
 
 
 def result(trial: Trial, top1: float, **more: Any) -> Record:
-    """Return a record as `train` makes it."""
+    """Return a made-up record with the fields that `train` fills."""
     adapter = trial.recipe.adapter
     params = 1000 + adapter.bottleneck_width * 1000 + 6 * adapter.bottleneck_width * adapter.kernel_size[0] * 9
     params = params * len(adapter.blocks or range(6)) // 6
@@ -55,7 +55,7 @@ def result(trial: Trial, top1: float, **more: Any) -> Record:
 def write(
     sweep: Sweep, output: Path, means: dict[str, float], spread: float = 1.0, leave_out: int | None = None
 ) -> None:
-    """Write the sweep, and for each trial but number `leave_out` a record around the mean of its arm."""
+    """Write a sweep and, for each trial but number `leave_out`, a record around the mean of its arm."""
     sweep.folder(output).mkdir(parents=True, exist_ok=True)
     save_sweep(sweep, output)
     for number, trial in enumerate(sweep.trials):

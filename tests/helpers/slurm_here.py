@@ -1,4 +1,4 @@
-"""Slurm itself on this machine, by way of loopback, as two nodes of two CPUs."""
+"""A real Slurm on this machine, over loopback, as two nodes of two CPUs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """Run Slurm within a context, in which its commands find it."""
+    """Run Slurm inside a context, in which its commands find it."""
     folder = Path(f"/tmp/stadapter-slurm-{os.getpid()}")  # short: it holds sockets
     (folder / "state").mkdir(parents=True, mode=0o700)
     (folder / "spool").mkdir()
@@ -101,7 +101,7 @@ def said(*command: str) -> str:
 
 
 def wait_until(holds: Callable[[], Any], timeout_s: float = 60) -> None:
-    """Return once `holds()` is true. Fails the test after `timeout_s`."""
+    """Wait until `holds()` is true. Fails the test after `timeout_s`."""
     until = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < until, "in vain"

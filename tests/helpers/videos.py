@@ -14,7 +14,7 @@ PYRAMID = "keyint=12:bframes=3:b-adapt=0:b-pyramid=normal"
 
 
 def scene(num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """uint8 [T, H, W, 3]: blocks that move, so that a picture decoded from a wrong reference is wrong."""
+    """Return frames uint8 [T, H, W, 3] of moving blocks, so that decoding from a wrong reference shows."""
     blocks = np.random.default_rng(0).integers(0, 256, (40, 80, 3))
     wall = np.kron(blocks, np.ones((8, 8, 1))).astype(np.uint8)
     return np.stack([wall[t % 60 : t % 60 + height, 2 * t % 90 : 2 * t % 90 + width] for t in range(num_frames)])
@@ -29,7 +29,7 @@ def write_video(
     times_ms: Sequence[int] | None = None,
     rotation: int = 0,
 ) -> Path:
-    """Encode frames uint8 [T, H, W, 3]; with `times_ms`, at these times of presentation instead of 30 per second."""
+    """Encode frames uint8 [T, H, W, 3], at 30 per second or at the presentation times `times_ms`."""
     height, width = frames.shape[1:3]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -52,13 +52,13 @@ def write_video(
 
 
 def write_grey(path: Path, num_frames: int = 12, step: int = 16, size: int = 32) -> Path:
-    """A clip whose frame t is grey `step * t` all over: the mean of a decoded frame tells its number."""
+    """Write a clip whose frame t is all grey `step * t`, so that the mean of a decoded frame gives its number."""
     levels = np.arange(num_frames, dtype=np.uint8)[:, None, None, None] * np.uint8(step)
     return write_video(path, np.broadcast_to(levels, (num_frames, size, size, 3)))
 
 
 def decode_all(path: Path) -> np.ndarray:
-    """The plain reference: every frame, from the first to the last."""
+    """Return all frames, decoded in order: the plain reference."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])

@@ -1,4 +1,4 @@
-"""The authors' checkpoints become files of this package and come back: the same logits, and the same bits."""
+"""The authors' checkpoints converted to files of this package and back: equal logits and equal bits."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_the_published_layouts_are_the_authors_recipes(recipe: Recipe) -> None:
     assert authors.recipe_of(our_names(published(recipe)), None, "theirs.pth") == recipe
 
 
-# --- what cannot work
+# --- refusals
 
 
 def refuse_reading(tmp_path: Path, why: str, base: Recipe | None, change: Any) -> None:

@@ -1,4 +1,4 @@
-"""Exported files give the model's logits to 1e-5, for any number of clips, without a line of this package."""
+"""Exported files give the model's logits to 1e-5, for any number of clips, without importing this package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trained(folder: Path, stem: str, **fields: Any) -> Trained:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The golden model with adapters of 3x3x3 before and after attention."""
+    """Return the golden model with adapters of 3x3x3 before and after attention."""
     return trained(tmp_path_factory.mktemp("trained"), "both_k3x3x3")
 
 

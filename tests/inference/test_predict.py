@@ -1,4 +1,4 @@
-"""Trained models predict the classes of videos, and are tested again: `stadapter predict`, `stadapter evaluate`."""
+"""Trained models predict the classes of videos (`stadapter predict`) and are tested again (`stadapter evaluate`)."""
 
 from __future__ import annotations
 

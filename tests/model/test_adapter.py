@@ -1,3 +1,5 @@
+"""The ST-Adapter against the paper's equation."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ def randomised(adapter: STAdapter, seed: int = 0) -> STAdapter:
 
 
 def plain_adapter(adapter: STAdapter, x_MSD: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """The paper's equation, written as naively as possible."""
+    """Return the adapter's output by the paper's equation, written plainly."""
     out = x_MSD.clone()
     M, S, _ = x_MSD.shape
     side = round((S - 1) ** 0.5)

@@ -1,4 +1,4 @@
-"""Adapters in other people's vision transformers: the recipe's numbers, in a module that works as before."""
+"""Adapters in other libraries' vision transformers: the recipe's numbers, in a module that works as before."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def adapted(name: str = "timm", **options: Any) -> nn.Module:
 
 
 def recipe_name(name: str) -> str:
-    """`blocks.1.st_adapters.before.down.weight` -> `before.1.down.weight`, as the recipe's model has it."""
+    """Return `before.1.down.weight`, the name in the recipe's model, for `blocks.1.st_adapters.before.down.weight`."""
     block, place, rest = name.partition("blocks.")[2].replace("st_adapters.", "").split(".", 2)
     return f"{place}.{block}.{rest}"
 
@@ -140,7 +140,7 @@ def recipe_name(name: str) -> str:
 
 
 def recipes_model(vit: Any, library: str, adapter: AdapterConfig) -> VideoClassifier:
-    """The recipe's model with the weights and adapters of this one."""
+    """Return the recipe's model with the weights and adapters of a library's model."""
     if library == "timm":
         plain = remove_st_adapters(copy.deepcopy(vit))
         shape, state = _timm_shape(library, plain, quick_gelu=False), from_timm(plain.state_dict())
@@ -259,7 +259,7 @@ def test_the_same_module_comes_back_with_only_the_adapters_trained() -> None:
     vit = make("timm")
     names = set(vit.state_dict())
     assert add_st_adapters(vit, T, 8, blocks=(0, 2)) is vit
-    assert names < set(vit.state_dict())  # those of the backbone are what they were
+    assert names < set(vit.state_dict())  # the backbone's names are unchanged
     trained = {name for name, parameter in vit.named_parameters() if parameter.requires_grad}
     assert trained == set(adapter_state(vit)) == set(vit.state_dict()) - names
     assert {name.split(".")[1] for name in trained} == {"0", "2"}
@@ -356,7 +356,7 @@ def test_the_number_of_frames_can_change_between_calls() -> None:
     assert torch.equal(by_two, vit(images()))
 
 
-# --- what cannot work
+# --- refusals
 
 
 def refused(why: str, *arguments: Any, vit: nn.Module | None = None, **options: Any) -> None:

@@ -1,3 +1,5 @@
+"""The video classifier."""
+
 from __future__ import annotations
 
 import warnings
@@ -27,7 +29,7 @@ def model_with(**fields: Any) -> VideoClassifier:
 
 
 def awaken(model: VideoClassifier) -> VideoClassifier:
-    """Make the adapters something else than the identity."""
+    """Move the adapters away from the identity."""
     generator = torch.Generator().manual_seed(0)
     for adapters in (model.before, model.after):
         for parameter in adapters.parameters():

@@ -1,4 +1,4 @@
-"""Counts that papers print, from the architecture alone."""
+"""Parameters and multiply-accumulates, counted from the architecture alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def counted_macs(run: Callable[[], object]) -> int:
 
 
 def test_what_a_strategy_adds_is_what_its_operations_count() -> None:
-    """Per view of 8 frames of 26 tokens, against counting the modules' own operations on the meta device."""
+    """A view has 8 frames of 26 tokens; the reference counts the modules' operations on the meta device."""
     x_MSD = torch.empty(8, 26, 96, device="meta")
     base = cost_of(replace(recipes.embedded, strategy="linear_probe")).macs_per_view
 

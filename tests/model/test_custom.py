@@ -46,7 +46,7 @@ def ideas() -> Any:
 
 @pytest.fixture
 def recipe(tiny_recipe: Recipe, attention: Any) -> Recipe:
-    """The tiny recipe with attention over time in its bottlenecks."""
+    """Return the tiny recipe with attention over time in its bottlenecks."""
     return config.replace(tiny_recipe, **custom_adapter(attention.TemporalAttentionAdapter))
 
 
@@ -202,7 +202,7 @@ def test_a_custom_model_must_be_a_classifier_and_train_something(tmp_path: Path,
 
 
 def test_what_cls_gathers_in_a_custom_adapter_reaches_the_logits(tmp_path: Path, tiny_recipe: Recipe) -> None:
-    """Behind the last attention only CLS is computed, unless an adapter there may read the patches for it."""
+    """After the last attention only CLS is computed, unless an adapter there may change CLS from the patches."""
     module = written(
         tmp_path / "gathering.py",
         """

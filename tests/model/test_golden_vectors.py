@@ -1,4 +1,4 @@
-"""The model computes the same function as the authors' published one: numbers measured by running theirs."""
+"""The model computes the authors' function: the expected numbers come from running their published code."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each strategy trains exactly what it says, starts where it says, and has the rates of its row."""
+"""Each strategy has the trained parameters, the starting function and the rates that its row gives."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model_for(strategy: Strategy, **fields: Any) -> VideoClassifier:
 
 
 def awaken(model: VideoClassifier) -> VideoClassifier:
-    """Move what starts at zero away from it."""
+    """Move parameters that start at zero away from it."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -100,7 +100,7 @@ def test_a_row_names_classes_with_what_the_model_asks_of_them() -> None:
 
 
 def test_a_row_and_a_class_are_all_that_a_new_strategy_takes(monkeypatch) -> None:
-    """Adapters with another rate, the last blocks trained, in a model that adds a part of its own to a block."""
+    """The new strategy has adapters with another rate, trained last blocks, and a model that adds a part to a block."""
 
     class Shifted(VideoClassifier):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -300,7 +300,7 @@ def test_an_adapter_anywhere_starts_as_the_frozen_model_and_then_changes_it(plac
 
 
 def whole_model(model: VideoClassifier, pixels: torch.Tensor) -> torch.Tensor:
-    """The model as its placements say, every token computed and nothing left out."""
+    """Return the logits of the model by its placements, computing every token in every block."""
     B, T = pixels.shape[:2]
     x = model.vit.embed((pixels.flatten(0, 1) / 255 - 0.5) / 0.5)
 

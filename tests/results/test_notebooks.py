@@ -1,4 +1,4 @@
-"""The notebooks run as they are, on a small output folder, and are committed without outputs."""
+"""The notebooks run unchanged on a small output folder, and are committed without outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "analysis").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder as `make demo` leaves it, with one trial that has not finished."""
+    """Write an output folder like that of `make demo`, with one unfinished trial."""
     folder = tmp_path_factory.mktemp("demo")
     sweep = made_up.kernel_sweep()
     made_up.write(sweep, folder, made_up.KERNEL, leave_out=5)

@@ -1,4 +1,4 @@
-"""The statistics under the tables, against scipy and published worked examples."""
+"""The tests printed under the tables, against scipy and published worked examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports from made-up records: right numbers, marked holes, the same from a folder and from MLflow."""
+"""Reports from made-up records: right numbers, missing trials marked, equal from a folder and from MLflow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A kernel question of 3 seeds with one trial missing, a width question of one seed, and one of names."""
+    """Write three sweeps: kernel with 3 seeds and one trial missing, width with one seed, and one of names."""
     folder = tmp_path_factory.mktemp("made_up")
     made_up.write(made_up.kernel_sweep(3), folder, made_up.KERNEL, leave_out=7)
     widths = {"width 6": 90.0, "width 48": 96.0, "width 96": 96.2}
@@ -236,7 +236,7 @@ def test_figures_have_axes_with_units_and_a_point_per_arm(output: Path) -> None:
 
 
 def experiment(name: str, words: Sequence[str]) -> Sweep:
-    """The sweep of one seed that a script in experiments/ makes of these words."""
+    """Return the sweep of one seed that a script in experiments/ makes of the given words."""
     script = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))
     arms = [script["make_arm"](recipes.embedded, word) for word in words]
     return make_sweep(name, "?", recipes.embedded, arms, 1, axis=Axis("an axis"))

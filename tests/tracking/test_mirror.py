@@ -1,4 +1,4 @@
-"""The MLflow mirror writes from run folders, changes nothing when it writes again, and never hurts a sweep."""
+"""The MLflow mirror copies run folders, changes nothing if repeated, and never hurts a sweep."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_result(trial: Trial, output: Path) -> None:
 
 
 def run_whole(mirror: Mirror, sweep: Sweep, output: Path, tables: list[Path]) -> None:
-    """Mirror a sweep in the order in which its driver does."""
+    """Mirror a sweep in the order of its driver."""
     mirror.start()
     for trial in sweep.trials:
         mirror.trial_started(trial)
@@ -71,7 +71,7 @@ def run_whole(mirror: Mirror, sweep: Sweep, output: Path, tables: list[Path]) ->
 
 
 class Store:
-    """A store as the tests read it."""
+    """A store, read by tests."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -107,7 +107,7 @@ class Store:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """One SQLite store for all tests (it takes seconds to create); each test has a sweep of another name in it."""
+    """Return one SQLite store for all tests, as creating it takes seconds. Each test's sweep has another name."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
     Mirror(a_sweep("creates_the_store"), tmp_path_factory.mktemp("none"), uri).start()
     return Store(uri)
@@ -115,7 +115,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def finished(store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path]:
-    """A sweep that was mirrored from start to end."""
+    """Return a sweep that was mirrored from start to end."""
     sweep, output = a_sweep("whole"), tmp_path_factory.mktemp("whole")
     table = sweep.folder(output) / "table.md"
     table.parent.mkdir(parents=True)

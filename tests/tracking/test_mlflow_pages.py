@@ -1,4 +1,4 @@
-"""An MLflow store in use: a sweep looked at in a browser, and a trial's model loaded."""
+"""An MLflow store in use: a sweep's page in a browser, and a trial's model loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory, undisturbed: Path, tiny_recipe: Recipe) -> Path:
-    """A made-up sweep of the kernel, and one of a single trial that was trained."""
+    """Write a made-up sweep of the kernel, and a sweep of a single trained trial."""
     folder = tmp_path_factory.mktemp("compared") / "runs"
     made_up.write(KERNEL, folder, made_up.KERNEL)
     trained = make_sweep("trained", "q", tiny_recipe, [Arm("tiny", {})], 1)
@@ -52,7 +52,7 @@ def output(tmp_path_factory: pytest.TempPathFactory, undisturbed: Path, tiny_rec
 
 @pytest.fixture(scope="module")
 def store(output: Path) -> str:
-    """The store that the command in docs/mlflow.md makes of it."""
+    """Return the store that the command in docs/mlflow.md makes of the output folder."""
     (block,) = (block for tested, block in BLOCK.findall((ROOT / "docs" / "mlflow.md").read_text()) if tested)
     command, *words = shlex.split(block)
     assert command == "stadapter"
@@ -63,7 +63,7 @@ def store(output: Path) -> str:
 
 @pytest.fixture
 def logged(store: str) -> Iterator[LoggedModel]:
-    """The one model in the store; the made-up trials have no weights."""
+    """Return the only model in the store: the made-up trials have no weights."""
     mlflow.set_tracking_uri(store)
     experiment = mlflow.get_experiment_by_name("stadapter")
     (model,) = MlflowClient(store).search_logged_models([experiment.experiment_id])
@@ -98,7 +98,7 @@ def test_a_model_is_its_weights_and_a_description_without_code(logged: LoggedMod
 
 @pytest.fixture(scope="module")
 def page(store: str) -> Iterator[str]:
-    """The address that `ui` prints for the kernel's sweep, with the server behind it."""
+    """Start the server of `stadapter ui`, and return the printed address of the kernel's sweep."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

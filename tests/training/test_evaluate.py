@@ -1,4 +1,4 @@
-"""Accuracies equal counts by hand, with several views and with clips that could not be read."""
+"""Accuracies equal counts by hand, with several views and with unreadable clips."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stadapter.training.optim import summed_loss
 
 
 class Scripted(nn.Module):
-    """A model whose logits are the first pixels of its input, so that a test can write them down."""
+    """A model whose logits are the first pixels of its input, so that a test can choose them."""
 
     def forward(self, pixels_BTCHW: Tensor) -> Tensor:
         return pixels_BTCHW.flatten(1)[:, :6].float()

@@ -1,4 +1,4 @@
-"""The names and figures of the machine, also on one that does not tell them."""
+"""The names and figures of the machine, also if the machine does not report them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(json.dumps([before, hardware.peak_memory_mib(CPU)]))
 
 
 def test_the_peak_memory_is_measured_anew() -> None:
-    """In a process of its own: in this one, what other tests left behind may be freed at any moment."""
+    """The measurement needs a new process: in this one, memory of other tests may be freed at any moment."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     before, after = json.loads(done.stdout)
     if before is None or after is None:

@@ -33,7 +33,7 @@ from stadapter.trials import record
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics of each epoch and of the test, without times: two runs of one recipe must have the same."""
+    """Return the metrics of each epoch and of the test without times, which must agree in two runs of one recipe."""
     clock = ("seconds", "time", "clips_per_s")
     epochs = [{k: v for k, v in line.items() if k not in clock} for line in record.read_metrics(folder)]
     result = record.read_result(folder)
@@ -79,7 +79,7 @@ def test_the_backbone_learns_at_its_own_rate(tiny_recipe: Recipe) -> None:
 def test_the_schedule_keeps_the_ratio_of_the_two_rates(
     tiny_recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
-    """With a rate that is all but zero, the backbone stays as it was, and the head still learns."""
+    """With a backbone rate near zero, the backbone stays as it was, and the head still learns."""
     changes = {"strategy": "full", "optim.epochs": 1, "optim.backbone_lr_factor": 1e-9, "optim.weight_decay": 0.0}
     recipe = config.replace(tiny_recipe, **changes)
     train(recipe, tmp_path, train_options)
@@ -199,7 +199,7 @@ def test_recomputing_activations_changes_no_bit(
 
 
 def _watch_gradients(rank: int, rendezvous: str, recipe: Recipe, root: Path, folder: Path) -> None:
-    """Train with one pass per step, then with two; each process writes down the gradients that its steps exchanged."""
+    """Train with one pass per step, then with two; each process writes its exchanged gradients to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
     make_components = train_module.make_components
@@ -276,7 +276,7 @@ def test_two_processes_under_torchrun_give_the_numbers_of_one(
 
 
 def _train_where_one_loss_breaks(rank: int, rendezvous: str, recipe: Recipe, root: Path, folder: Path) -> None:
-    """Train with a third loss that is not finite in one of two processes; each writes down why it stopped."""
+    """Train with a third loss that is not finite in one of two processes; each writes its reason to stop to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30))
     calls = itertools.count()

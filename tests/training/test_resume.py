@@ -1,4 +1,4 @@
-"""A training that is interrupted, however it happens, ends as if it had not been."""
+"""An interrupted training, however it was interrupted, ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def numbers(folder: Path) -> tuple[Any, ...]:
 
 
 def stop_after(questions: int) -> Callable[[], bool]:
-    """Return a `should_stop` that is True from this question on. One comes after each step and each batch of a test."""
+    """Return a `should_stop` that is True from the given call on. A call follows each step and each test batch."""
     asked = itertools.count(1)
     return lambda: next(asked) >= questions
 
 
 def stop_at(step: int) -> dict[str, Any]:
-    """Return arguments of `train` that stop it after this step."""
+    """Return arguments of `train` that stop it after the given step."""
     done: list[int] = []
     return {"on_step": lambda at: done.append(1), "should_stop": lambda: len(done) >= step - 1}
 
@@ -280,7 +280,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 
 @pytest.fixture
 def slow_flags(tiny_flags: list[str]) -> list[str]:
-    """The tiny recipe with more epochs, so that there is time to interrupt."""
+    """Return the tiny recipe's flags with more epochs, so that there is time to interrupt."""
     return [*tiny_flags, "--set", "optim.epochs=6"]
 
 

@@ -49,20 +49,20 @@ ROW_BYTES = 4 * 26 * 96 * 4  # frames, tokens, width, float32
 
 @pytest.fixture(scope="module")
 def fixed(tiny_recipe: Recipe) -> Recipe:
-    """Adapters in the last two of six blocks, on clips that look the same in every epoch."""
+    """Return a recipe with adapters in the last two of six blocks, on clips that look the same in every epoch."""
     return config.replace(tiny_recipe, **{"data.fixed_frames": True, "optim.head_dropout": 0.3})
 
 
 @pytest.fixture
 def cached(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainOptions:
-    """Options with a token cache, which is empty at the start of each test."""
+    """Return options with a token cache, which is empty at the start of each test."""
     monkeypatch.setenv("STADAPTER_CACHE", str(tmp_path / "cache"))
     return TrainOptions(clip_folder, token_cache_gb=1)
 
 
 @pytest.fixture(scope="module")
 def plain(fixed: Recipe, train_options: TrainOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same training without the cache."""
+    """Return the folder of the same training without the cache."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("plain")
     train(fixed, folder, train_options)
@@ -71,7 +71,7 @@ def plain(fixed: Recipe, train_options: TrainOptions, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The clips that this process has read."""
+    """Return the list of clips that this process has read, which grows."""
     seen: list[str] = []
     read = clips_module.read_frames
 
@@ -139,7 +139,7 @@ def test_other_seeds_share_the_rows_and_other_depths_have_their_own(
 
 
 def test_no_bit_depends_on_which_rows_there_are(fixed: Recipe, cached: TrainOptions, tmp_path: Path) -> None:
-    """Train from an empty cache, then stopped and resumed, then with room for few rows, so that batches are mixed."""
+    """Train from an empty cache, then with a resumption, then with room for few rows, so that batches are mixed."""
     train(fixed, tmp_path / "cold", cached)
     for file in rows_files(tmp_path):
         file.unlink()
@@ -278,7 +278,7 @@ def test_rows_keep_the_type_that_the_forward_gives(tmp_path: Path) -> None:
 
 
 def test_every_field_of_the_data_is_known_to_decide_pixels_or_not() -> None:
-    """A new field must be put into one of these sets, or rows might be kept of pixels that change with the epoch."""
+    """A new field must enter one of these sets, or the cache might keep rows of pixels that change with the epoch."""
     of_clips = {"dataset", "num_classes", "label_groups", "test_temporal_views", "test_spatial_views"}
     assert {f.name for f in dataclasses.fields(DataConfig)} == {*FIXED, *PIXELS, *of_clips}
 

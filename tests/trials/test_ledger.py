@@ -1,6 +1,6 @@
-"""What is done is never done again, what failed is tried again so often, and no two processes write one trial.
+"""The states of trials: finished ones never run again, failed ones a few times, and each has one writer.
 
-Faults that happen to whole sweeps: tests/faults.
+tests/faults injects faults into whole sweeps.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ HOLD += (
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    """A trial's folder that another process writes."""
+    """Return a trial's folder that another process has locked."""
     folder = tmp_path / "trials" / "abc"
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"

@@ -37,20 +37,20 @@ RUN = MADE_BEFORE / "trials" / "8fbd7351ace7"
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    """The recipe of the run."""
+    """Return the recipe of the run."""
     return config.unflatten(json.loads((RUN / record.CONFIG).read_text()))
 
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
-    """The fields of the run's result.json."""
+    """Return the fields of the run's result.json."""
     fields: dict[str, Any] = json.loads((RUN / record.RESULT).read_text())
     return fields
 
 
 @pytest.fixture
 def same_backbone(recipe: Recipe) -> None:
-    """Skip where the seeded backbone has other bits, as on a processor without AVX2: the files refuse it rightly."""
+    """Skip if the seeded backbone has other bits, as without AVX2: the files then rightly refuse the backbone."""
     if frozen_digest(build_model(recipe)) != read(RUN / record.TRAINED)[1].frozen_sha256:
         pytest.skip("this processor draws other random weights than the one that the files were made on")
 
@@ -152,7 +152,7 @@ def test_an_mlflow_model_that_names_the_old_module_loads(clip_folder: Path) -> N
 
 
 def vit_of_written_down_weights() -> nn.Module:
-    """A small timm ViT whose weights are fractions of 64, the same on every machine."""
+    """Return a small timm ViT whose weights are fractions of 64, equal on every machine."""
     vit: nn.Module = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=0
     )

@@ -1,4 +1,4 @@
-"""The search for settings: real trainings on real files, a real Ray and a real Optuna."""
+"""The search for settings, with real trainings on real files, a real Ray and a real Optuna."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tried(cluster: Cluster, tiny_recipe: Recipe, clip_folder: Path, output: Path) -> list[TrialOutcome]:
-    """Run a search that knows no trial yet, and return its trials."""
+    """Run a search without earlier trials, and return its trials."""
     seen: list[TrialOutcome] = []
     space = search_space(tiny_recipe)
     found = search(cluster, tiny_recipe, space, TRIALS, [], output, TrainOptions(clip_folder), seen.append)
@@ -196,7 +196,7 @@ def test_the_data_root_of_a_search_may_be_an_address() -> None:
 
 
 def test_ctrl_c_ends_a_search_and_what_has_ended_counts(tiny_recipe: Recipe, clip_folder: Path, tmp_path: Path) -> None:
-    """It has a new Ray to itself: a trial that was cut off may hold its CPUs until Ray is shut down."""
+    """The test has a separate Ray: an interrupted trial may hold its CPUs until Ray is shut down."""
     seen: list[TrialOutcome] = []
 
     def interrupt_soon(one: TrialOutcome) -> None:
