@@ -1,4 +1,4 @@
-"""The way from a recipe to its model: the backbone's weights read, the parts added, and what is not trained frozen."""
+"""The way from a recipe to its model: read the backbone's weights, add the parts, freeze the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of one training: the folder it lives in, and what it says about where its numbers came from.
+"""The record of a training and the folder that holds it.
 
 A run folder is the truth; MLflow and every table are made from it. It holds
 
@@ -45,7 +45,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class TokensUsed:
-    """What a token cache held: the frozen blocks that it stands for, and its rows at the start and at the end."""
+    """The use of a token cache: the frozen blocks it stands for, and its rows at the start and at the end."""
 
     blocks: int
     rows: Mapping[str, int]
@@ -54,7 +54,7 @@ class TokensUsed:
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished training left: its numbers, what they cost, and where they come from.
+    """The numbers that a finished training left, what they cost, and where they come from.
 
     Fields without a default are in every record. The others came later or depend on the machine: None, an empty value
     or "unknown" says that the record does not hold them. Times are in seconds; `started` and `finished` since 1970.
@@ -135,7 +135,10 @@ class Record:
 
 
 def prepare_folder(folder: Path, recipe: Recipe) -> None:
-    """Create a run folder and write its config.json. ConfigError where it cannot be written or holds another recipe."""
+    """Create a run folder and write its config.json.
+
+    Raises ConfigError if the folder cannot be written or holds another recipe.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):  # now, not after the first epoch
@@ -150,7 +153,7 @@ def prepare_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def check_config(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder has a config.json; ConfigError where that is another recipe's."""
+    """Return True if the folder has a config.json. Raises ConfigError if that is another recipe's."""
     config = folder / CONFIG
     if not config.exists():
         return False
@@ -166,7 +169,10 @@ def check_config(folder: Path, recipe: Recipe) -> bool:
 
 
 def check_data(folder: Path, found: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """ConfigError where a folder's training saw other clips: `found` and `now` are the fingerprints of its lists."""
+    """Raise ConfigError if a folder's training saw other clips.
+
+    `found` are the fingerprints of its lists, `now` those of the lists at hand, by split.
+    """
     for split, fingerprint in found.items():
         if now.get(split, fingerprint) != fingerprint:
             raise ConfigError(
@@ -210,7 +216,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The epochs recorded so far; a last line cut short by a crash is left out. ConfigError if another is damaged."""
+    """Return the epochs recorded so far, without a last line that a crash cut short.
+
+    Raises ConfigError if another line is damaged.
+    """
     path = folder / METRICS
     if not path.exists():
         return []
