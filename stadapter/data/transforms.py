@@ -29,7 +29,7 @@ _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # random erasing's,
 
 
 def check_transforms(config: DataConfig) -> None:
-    """Raises ConfigError for settings that no sampling or transform here can follow."""
+    """Raise ConfigError for settings that no sampling or transform here can follow."""
     if config.sampling == "uniform" and config.test_temporal_views != 1:
         raise ConfigError(f"data.test_temporal_views = {config.test_temporal_views}: uniform sampling has 1 view")
     if config.short_side_jitter and config.random_resized_crop:

@@ -30,7 +30,7 @@ class Answer:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader needs to judge the table."""
+        """The notes that a reader needs to judge the table."""
         return table.notes(self.sweep, self.rows, self.records)
 
 

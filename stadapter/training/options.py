@@ -22,7 +22,7 @@ DEFAULT_MAX_BAD_SHARE = 0.05
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Where and how a training runs: changes numbers by rounding at most, and is no part of a trial's identity."""
+    """The options of how a training runs: they change numbers by rounding at most, and no trial's identity."""
 
     data_root: str | Path | None = None  # a folder, or an address such as s3://...
     weights_file: Path | None = None

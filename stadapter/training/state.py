@@ -87,7 +87,10 @@ class Clock:
 
 
 class Action(enum.IntEnum):
-    """What all processes do after a step. Rank 0 decides; its number is summed with the loss, and the others add 0."""
+    """The next action of all processes after a step.
+
+    Rank 0 decides; its number is summed with the loss, and the others add 0.
+    """
 
     CONTINUE = 0
     CHECKPOINT = 1

@@ -34,7 +34,7 @@ from stadapter.tuning.space import KnownTrial, Range, TrialOutcome, apply, known
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What is searched, on how much of this machine, and where the trials go."""
+    """The request for a search: its recipe, its share of this machine, and the folder of its trials."""
 
     recipe: str = "embedded"  # a named recipe
     strategy: str | None = None  # None: the recipe's

@@ -34,7 +34,7 @@ class Quota:
     """
 
     def __init__(self, folder: Path, limit_bytes: int, flag: str) -> None:
-        """Raises ConfigError, naming the `flag`, if the folder cannot be written."""
+        """Raise ConfigError, naming the `flag`, if the folder cannot be written."""
         self.folder, self.limit_bytes, self.flag = folder, limit_bytes, flag
         self._protection: IO[bytes] | None = None
         try:

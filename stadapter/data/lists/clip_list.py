@@ -67,7 +67,7 @@ def split_segment(path: str) -> tuple[str, tuple[int, int] | None]:
 
 
 def check_label(label: int, num_classes: int, where: str) -> None:
-    """Raises ConfigError if the label is not in [0, num_classes)."""
+    """Raise ConfigError if the label is not in [0, num_classes)."""
     if not 0 <= label < num_classes:
         raise ConfigError(
             f"{where}: label {label} is outside 0 ... {num_classes - 1} (data.num_classes = {num_classes})"
@@ -75,7 +75,7 @@ def check_label(label: int, num_classes: int, where: str) -> None:
 
 
 def check_labels(label: tuple[int, ...], config: DataConfig, where: str) -> None:
-    """Raises ConfigError unless each head's label is within its classes."""
+    """Raise ConfigError unless each head's label is within its classes."""
     for one, classes in zip(label, config.label_groups or (config.num_classes,), strict=True):
         check_label(one, classes, where)
 

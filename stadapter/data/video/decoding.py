@@ -32,7 +32,7 @@ Backend = Literal["auto", "pyav", "decord", "torchcodec"]
 
 
 def check_backend(backend: str) -> None:
-    """Raises ConfigError if a back end is unknown, not installed or does not start on this machine."""
+    """Raise ConfigError if a back end is unknown, not installed or does not start on this machine."""
     if backend not in get_args(Backend):
         raise ConfigError(f"--decoder {backend}: must be one of {', '.join(get_args(Backend))}")
     if backend in exact_backends.LIBRARIES:
