@@ -19,7 +19,6 @@ from stadapter.config import ConfigError
 from stadapter.data.cache.disk_need import describe, disk_need
 from stadapter.data.lists.clip_list import ClipList
 from stadapter.data.lists.formats import load_clips
-from stadapter.training import hardware
 from stadapter.training.options import GPU_CLIPS_PER_PASS, TrainOptions
 from stadapter.trials import record, status
 from stadapter.trials.sweep import Sweep, Trial
@@ -237,5 +236,7 @@ def _precision_note(sweep: Sweep, options: SweepOptions, num_gpus: int) -> list[
     if options.address is not None:
         return []  # the trials run on other machines
     import torch
+
+    from stadapter.training import hardware
 
     return [hardware.set_up(torch.device("cuda" if num_gpus else "cpu"), sweep.recipe.optim.precision)]

@@ -15,7 +15,6 @@ from stadapter import config, recipes
 from stadapter.ablation.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from stadapter.commands.parsers import Commands, add_parser
 from stadapter.config import Recipe
-from stadapter.training import hardware
 from stadapter.training.flags import (
     add_checkpoint_every,
     add_clips_per_pass,
@@ -167,6 +166,8 @@ class _Progress:
 
 
 def _print_setup(recipe: Recipe, train_options: TrainOptions, group: ProcessGroup) -> None:
+    from stadapter.training import hardware
+
     if train_options.token_cache_gb:
         from stadapter.training.token_cache import check_pixels, describe
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ class Mirror:
 
         A new database takes seconds. Without `wait` this returns at once, and the first write waits for the store.
         """
-        self._opening = ThreadPoolExecutor(1).submit(self._store.open)
+        # A daemon thread: Python would wait at its end for a thread of an executor, and an opening may take for ever.
+        self._opening = opening = Future()
+        threading.Thread(target=_run, args=(self._store.open, opening), daemon=True).start()
         if wait:
             self._try(self._opened)
 
@@ -82,12 +85,12 @@ class Mirror:
 
     def _opened(self) -> None:
         """Wait until the store is open. Raises the error of opening it, or TimeoutError after OPENING_S."""
-        opening, self._opening = self._opening, None
-        if opening is not None:
-            futures.wait([opening], OPENING_S)
-            if not opening.done():
+        if self._opening is not None:
+            futures.wait([self._opening], OPENING_S)
+            if not self._opening.done():
                 raise TimeoutError(f"it did not open within {OPENING_S:g} s")
-            opening.result()
+            self._opening.result()
+            self._opening = None  # not before: a second Ctrl-C may end the wait, and the last write waits again
 
     def _try(self, method: Callable[..., None], *arguments: Any) -> None:
         """Call a method of the store; after an error, or when patience is used up, call it no more."""
@@ -113,6 +116,14 @@ class Mirror:
             f"warning: MLflow is left out from here on ({why}). The run folders have everything; "
             f"this brings the store up to date: {self._sync}"
         )
+
+
+def _run(work: Callable[[], None], outcome: Future[None]) -> None:
+    """Do the work, and put what it returns or raises into `outcome`."""
+    try:
+        outcome.set_result(work())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "stadapter") -> tuple[int, int]:

@@ -15,7 +15,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -118,20 +118,45 @@ class Record:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the record of these fields, older ones included; fields of a later version are left out.
 
-        Raises ValueError if a field that every record has is missing or is of another kind.
+        Null counts as missing. Raises ValueError if a field that every record has is missing, or if one is of another
+        kind.
         """
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        known = {f.name: value for f in fields(cls) if (value := values.get(f.name)) is not None}
+        for f in fields(cls):
+            if f.name in known:
+                _check_kind(f.name, known[f.name], str(f.type))
+            elif f.default is MISSING and f.default_factory is MISSING:
+                raise ValueError(f"{f.name} is missing")
+        for name, value in known["metrics"].items():
+            _check_kind(f"metrics.{name}", value, "float")
+        if "top1" not in known["metrics"]:
+            raise ValueError("metrics.top1 is missing")
         try:
-            data = dict(values["data"])
+            data = dict(known["data"])
             known["decoder"] = data.pop("decoder", None)
-            known["data"] = {split: ClipsUsed(**used) for split, used in data.items()}
-            bad = values.get("bad_clips") or {}
+            known["data"] = {split: ClipsUsed(used["fingerprint"], used["clips"]) for split, used in data.items()}
+            bad = known.get("bad_clips", {})
             known["bad_clips"] = {split: Unreadable(one["clips"], tuple(one["first"])) for split, one in bad.items()}
-            tokens = values.get("prefix_cache")
-            known["prefix_cache"] = TokensUsed(**tokens) if tokens else None
-            return cls(**known)
-        except (KeyError, TypeError, AttributeError) as error:
+            if tokens := known.pop("prefix_cache", None):
+                known["prefix_cache"] = TokensUsed(tokens["blocks"], tokens["rows"], tokens["rows_at_start"])
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{error} is missing or of another kind") from None
+        return cls(**known)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int, float),
+    "float": (int, float),
+    "Mapping": (Mapping,),
+}
+
+
+def _check_kind(name: str, value: object, annotation: str) -> None:
+    """Raise ValueError if the value of a field is not of the kind that its annotation names: text, number, mapping."""
+    kind = _KINDS.get(annotation.partition(" ")[0].partition("[")[0])
+    if kind is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} is of another kind")
 
 
 def prepare_folder(folder: Path, recipe: Recipe) -> None:

@@ -323,7 +323,9 @@ def test_sync_writes_the_records_into_another_store(output: Path, tmp_path: Path
 def test_the_sweep_folder_describes_the_sweep(output: Path) -> None:
     saved = json.loads((sweep_folder(output) / "sweep.json").read_text())
     assert saved["name"] == "kernel"
-    assert saved["arms"][0] == {"label": "kernel 1x3x3", "fields": {"adapter.kernel_size": [1, 3, 3]}}
+    first = saved["arms"][0]
+    assert (first["label"], first["fields"], first["x"]) == ("kernel 1x3x3", {"adapter.kernel_size": [1, 3, 3]}, 1)
+    assert saved["axis"]["label"] == "temporal extent of the kernel (frames)"
     assert os.listdir(output / "trials") and len(list(output.glob("trials/*/result.json"))) == 4
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -373,6 +375,41 @@ def test_a_store_that_never_opens_costs_one_warning(tmp_path: Path, monkeypatch:
         mirror.trial_started(trial)
     released.set()
     assert len(said) == 1 and "it did not open within 0.1 s" in said[0]
+
+
+def test_a_store_that_never_opens_does_not_keep_the_process(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from stadapter.recipes import embedded
+from stadapter.tracking.mirror import Mirror
+from stadapter.trials.sweep import Arm, make_sweep
+
+mirror = Mirror(make_sweep("kernel", "?", embedded, [Arm("a", {{}})], 1), Path({str(tmp_path)!r}), "sqlite:///no.db")
+mirror._store.open = lambda: time.sleep(600)
+mirror.start(wait=False)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_last_write_waits_again_if_the_first_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, done, may_open = a_sweep(), list[str](), threading.Event()
+    mirror = Mirror(sweep, tmp_path, "sqlite:///never-opened.db")
+    monkeypatch.setattr(mirror._store, "open", lambda: done.append(f"open {may_open.wait(20)}"))
+    monkeypatch.setattr(mirror._store, "close", lambda table_files, status: done.append(f"closed {status}"))
+    mirror.start(wait=False)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("stadapter.tracking.mirror.futures.wait", interrupted)
+        mirror.trial_started(sweep.trials[0])
+    threading.Timer(0.1, may_open.set).start()
+    mirror.finish([], "KILLED")
+    assert done == ["open True", "closed KILLED"]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_store_that_dies_in_the_middle_is_completed_by_sync(

@@ -86,6 +86,40 @@ def test_a_record_of_the_fields_that_are_in_every_record_loads(stored: dict[str,
     assert (loaded.decoder, loaded.prefix_cache, loaded.bad_clips, loaded.git_commit) == (None, None, {}, "unknown")
 
 
+def test_null_in_a_record_counts_as_missing(stored: dict[str, Any]) -> None:
+    loaded = Record.from_json(stored | dict.fromkeys(("views", "git_commit", "versions", "bad_clips", "host")))
+    assert (loaded.views, loaded.code, loaded.versions, loaded.bad_clips, loaded.host) == (1, "unknown", {}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("seconds", None, "seconds is missing"),
+        ("seconds", "long", "seconds is of another kind"),
+        ("trainable_params", [1], "trainable_params is of another kind"),
+        ("git_commit", 7, "git_commit is of another kind"),
+        ("metrics", [97.1], "metrics is of another kind"),
+        ("metrics", {"top1": "high"}, "metrics.top1 is of another kind"),
+        ("metrics", {}, "metrics.top1 is missing"),
+        ("data", {"train": 3}, "of another kind"),
+        ("bad_clips", {"train": {"clips": 1}}, "'first' is missing"),
+    ],
+)
+def test_a_record_with_a_field_of_another_kind_is_an_error_of_one_line(
+    stored: dict[str, Any], tmp_path: Path, name: str, value: object, reason: str
+) -> None:
+    (tmp_path / record.RESULT).write_text(json.dumps(stored | {name: value}))
+    with pytest.raises(ConfigError, match=rf"result\.json: is damaged \(.*{reason}") as caught:
+        record.read_result(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_of_a_later_version_are_left_out(stored: dict[str, Any]) -> None:
+    later = json.loads(json.dumps(stored)) | {"new": 1}
+    later["data"]["train"]["new"] = 1
+    assert Record.from_json(later) == Record.from_json(stored)
+
+
 def test_a_run_is_finished_for_its_recipe_and_no_other(
     recipe: Recipe, train_options: TrainOptions, tmp_path: Path
 ) -> None:
