@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import subprocess
 import sys
@@ -75,6 +74,12 @@ def run(command: list[str]) -> tuple[Span, list[tuple[float, str]]]:
     return (began, ended), lines
 
 
+def spans(output: Path) -> list[Span]:
+    """Return when each finished trial in this folder of runs began and ended."""
+    results = [record.read_result(path.parent) for path in output.glob(f"trials/*/{record.RESULT}")]
+    return [(result.started, result.finished) for result in results if result is not None]
+
+
 def stages(command: Span, lines: Sequence[tuple[float, str]], trials: Sequence[Span]) -> list[tuple[str, float]]:
     """Return the stages before the first and after the last trial with their seconds, by the times of output."""
     said = {word: next(at for at, text in lines if text.startswith(word)) for word in ("recipe ", "running ", "arm ")}
@@ -100,9 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         load = os.getloadavg()[0]
         command = [sys.executable, "experiments/ablate_kernel.py", "--output", str(output)]
         span, lines = run([*command, "--tracking-uri", f"sqlite:///{scratch}/mlflow.db"])
-        results = [json.loads(path.read_text()) for path in output.glob(f"trials/*/{record.RESULT}")]
+        trials = spans(output)
     is_cold = any(text.startswith("rendering the embedded world") for _, text in lines)
-    trials = [(result.started, result.finished) for result in results]
     share = share_of(span, trials)
     print(f"\n{datetime.date.today()}, {hardware.cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before,")
     print(f"{os.getloadavg()[0]:.1f} after; clips {'rendered in this run' if is_cold else 'there already'}\n")

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import memory, reference_decoding, scaling
 from benchmarks.data import EXACT_LIMIT, KINETICS, SSV2, measure, our_ways, peak_mib, plain_ways
-from benchmarks.demo import share_of, stages
+from benchmarks.demo import share_of, spans, stages
 from stadapter.config import ConfigError, DataConfig, Recipe
 from stadapter.data.cache.frames import ClipCache
 from stadapter.data.cache.quota import GB
@@ -100,6 +100,11 @@ def test_the_demo_s_time_divides_into_before_between_after_and_inside() -> None:
     assert (share.before, share.between, share.after) == (10, 3, 5)
     lines = [(104.0, "recipe embedded: 4 arms"), (107.0, "running 8 on the CPU"), (153.0, "arm  top-1 %")]
     assert [seconds for _, seconds in stages((100, 155), lines, trials)] == [4, 3, 3, 3, 2]
+
+
+def test_the_demo_s_trials_are_read_from_their_records() -> None:
+    (trial,) = spans(Path(__file__).parent / "data" / "made_before")
+    assert trial[0] < trial[1]
 
 
 def test_a_trial_of_another_run_does_not_count_as_the_demo_s() -> None:

@@ -282,10 +282,11 @@ def code(name: str) -> Any:
     return getattr(importlib.import_module(f"stadapter.model.{module}"), attribute)
 
 
-def _parameters(*parts: nn.Module | nn.Parameter | Any) -> set[nn.Parameter]:
-    parameters: set[nn.Parameter] = set()
+def _parameters(*parts: nn.Module | Tensor | Any) -> set[Tensor]:
+    parameters: set[Tensor] = set()
     for part in parts:
-        parameters.update((part,) if isinstance(part, nn.Parameter) else part.parameters())
+        # A Tensor, not a Parameter: `torch.func.functional_call` puts plain tensors in the parameters' places.
+        parameters.update((part,) if isinstance(part, Tensor) else part.parameters())
     return parameters
 
 

@@ -136,6 +136,13 @@ def test_the_first_trained_block_is_the_lowest_that_needs_a_gradient(strategy: S
     assert model_for("st_adapter", adapter__blocks=(2, 4)).first_trained_block() == 2
 
 
+def test_plain_tensors_may_stand_in_the_parameters_places() -> None:
+    model, pixels = build_model(for_strategy(recipes.embedded, "prompt")), torch.rand(1, 8, 3, 60, 60)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    logits = torch.func.functional_call(model, tensors, (pixels,))
+    torch.testing.assert_close(logits, model(pixels), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_step_of_the_optimizer_changes_that_and_nothing_else(strategy: Strategy) -> None:
     model = awaken(model_for(strategy))
