@@ -66,7 +66,8 @@ def _describe_in_folder(request: Request, observer: Observer) -> None:
         if request.options.force and (moved := status.set_aside(request.selected, output)):
             observer.note(f"--force: {len(moved)} old records are in {moved[0].parent}")
         folder.mkdir(parents=True, exist_ok=True)
-        lock.check_flock(output / "locks")
+        if request.training is not None:  # tables alone need no lock
+            lock.check_flock(output / "locks")
         if (folder / SWEEP).exists() and (kept := status.keep_tables(load_sweep(folder), sweep, output)):
             observer.note(
                 f"note: {folder} now holds the tables of these arms and seeds; those it held before are in {kept}"

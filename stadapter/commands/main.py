@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] in (["sweep"], ["data"]):  # groups that the commands stood in before
+        print(f"note: `stadapter {' '.join(words[:2])}` is now `stadapter {' '.join(words[1:2])}`", file=sys.stderr)
+        words = words[1:]
     if words[:1] == ["submit"]:  # has a grammar of its own: a script's flags stand behind --
         return submit.main(words[1:])
     options = make_parser().parse_args(words)

@@ -79,14 +79,19 @@ def _custom_model(recipe: Recipe, vit: ViT, mean: Triple, std: Triple) -> VideoC
 def freeze(
     model: VideoClassifier, strategy: Strategy, train_final_norm: bool, rival: BaselineConfig | None = None
 ) -> None:
-    """Set `requires_grad` of every parameter: train all that was added, and what the strategy trains of the backbone.
+    """Set `requires_grad` of every parameter: train the strategy's parts, and its share of the backbone.
+
+    Everything beside the backbone is a part if the strategy's row names a class of its own. Else the parts are those of
+    `model.trained_parts()`: what only a custom class knows stays frozen.
 
     `train_final_norm` adds the norm between the backbone and the head. An adapter that can never receive a gradient
     (`model.dead_adapters`) is not trained, whatever the strategy: an optimiser would only decay it.
     Raises ConfigError if more blocks are to be trained than there are.
     """
-    model.requires_grad_(True)
+    model.requires_grad_(bool(STRATEGIES[strategy].model))
     model.vit.requires_grad_(False)
+    for module in model.trained_parts():
+        module.requires_grad_(True)
     for part in _trained_of_backbone(model.vit, strategy, rival or BaselineConfig()):
         part.requires_grad_(True)
     if train_final_norm:

@@ -123,6 +123,11 @@ class VideoClassifier(nn.Module):
                 stacklevel=3,
             )
 
+    def trained_parts(self) -> list[nn.Module]:
+        """Return the parts beside the backbone that are trained: the head, the adapters and what the strategy adds."""
+        added = (self.time, self.prompts, self.lora, self.temporal, self.pool)
+        return [self.head, *self.adapters(), *(part for part in added if isinstance(part, nn.Module))]
+
     @property
     def width(self) -> int:
         """The length D of the vector that the head reads."""

@@ -62,6 +62,7 @@ def load(own: CustomCode, name: str) -> Any:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
+        _offer_old_names()
         try:
             spec.loader.exec_module(module)
         except BaseException:  # Ctrl-C too: leave no half-loaded module behind
@@ -71,6 +72,29 @@ def load(own: CustomCode, name: str) -> Any:
         return getattr(sys.modules[module_name], name)
     except AttributeError:
         raise ConfigError(f"own.file = {own.file}: has no {name} at its top") from None
+
+
+# Files written for the first layout of the package name these modules. Their content is part of a trial's identity, so
+# they cannot be edited without becoming another trial.
+_OLD_MODULES = {
+    "adapter": "model.adapter",
+    "backbones": "backbone.load",
+    "lean": "backbone.ops",
+    "own": "model.custom",
+    "placement": "model.placement",
+    "rivals": "model.baselines",
+    "vit": "backbone.vit",
+}
+own_adapter, own_model = custom_adapter, custom_model  # likewise
+
+
+def _offer_old_names() -> None:
+    """Let a custom file import what it needs from where it was in the first layout of the package."""
+    for old, new in _OLD_MODULES.items():
+        sys.modules.setdefault(f"stadapter.{old}", importlib.import_module(f"stadapter.{new}"))
+    package, names = importlib.import_module("stadapter.model"), importlib.import_module("stadapter.model.build")
+    for name in ("Triple", "VideoClassifier", "build_model", "classifier"):
+        setattr(package, name, getattr(names, name))
 
 
 def _fields(code: Any, kind: str) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class Mirror:
         A new database takes seconds. Without `wait` this returns at once, and the first write waits for the store.
         """
         # A daemon thread: Python would wait at its end for a thread of an executor, and an opening may take for ever.
-        self._opening = opening = Future()
+        opening: Future[None] = Future()
+        self._opening = opening
         threading.Thread(target=_run, args=(self._store.open, opening), daemon=True).start()
         if wait:
             self._try(self._opened)
@@ -119,9 +120,10 @@ class Mirror:
 
 
 def _run(work: Callable[[], None], outcome: Future[None]) -> None:
-    """Do the work, and put what it returns or raises into `outcome`."""
+    """Do the work, and tell `outcome` when it is done or which error it raised."""
     try:
-        outcome.set_result(work())
+        work()
+        outcome.set_result(None)
     except BaseException as error:
         outcome.set_exception(error)
 

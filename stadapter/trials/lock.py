@@ -111,7 +111,7 @@ def check_flock(locks: Path) -> None:
         with open(probe, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # the last: NFS without its lock service
             raise
         raise ConfigError(
             f"{locks}: its file system has no file locks, so two launches could write one trial; choose an --output on "

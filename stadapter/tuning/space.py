@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +84,10 @@ def known_trials(recipe: Recipe, space: Mapping[str, Range], output: Path) -> li
     fixed = _fixed(recipe, space)
     found: list[KnownTrial] = []
     for path in sorted(output.glob(f"trials/*/{record.RESULT}")):
+        result = record.read_result(path.parent)
+        assert result is not None  # its file was found just now
         try:
-            done = config.unflatten(json.loads(path.read_text())["recipe"])
+            done = config.unflatten(dict(result.recipe))
         except ConfigError:  # a recipe of another version, with other fields
             continue
         flat, epochs = config.flatten(done), record.read_metrics(path.parent)

@@ -99,6 +99,15 @@ def test_an_old_front_door_still_answers_and_says_what_to_type(old: list[str], n
     assert done.stderr == f"note: `python -m {old[0]}` is now `stadapter {new}`\n"
 
 
+@pytest.mark.parametrize(("old", "new"), [(["sweep", "table"], "table"), (["data", "check"], "check")])
+def test_a_command_in_its_old_group_answers_and_says_what_to_type(old: list[str], new: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*old, "--help"])
+    said = capsys.readouterr()
+    assert said.out.startswith(f"usage: stadapter {new} ")
+    assert said.err == f"note: `stadapter {' '.join(old)}` is now `stadapter {new}`\n"
+
+
 def test_sync_submit_and_data_check_are_the_functions_of_the_modules(tmp_path: Path, capsys: Any) -> None:
     assert main(["sync", "--output", str(tmp_path)]) == 2
     assert "there is no sweep in this folder" in capsys.readouterr().err

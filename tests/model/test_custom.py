@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -199,6 +202,71 @@ def test_a_custom_model_must_be_a_classifier_and_train_something(tmp_path: Path,
         build_model(config.replace(tiny_recipe, **custom_model(module.nothing)))
     with pytest.raises(ConfigError, match="nothing in it is trained"):
         build_model(config.replace(tiny_recipe, **custom_model(module.frozen)))
+
+
+OF_BEFORE = """
+import torch
+from torch import Tensor, nn
+
+from stadapter.adapter import STAdapter
+from stadapter.config import AdapterConfig, Recipe
+from stadapter.model import Triple, VideoClassifier, classifier
+from stadapter.own import own_adapter
+from stadapter.vit import ViT
+
+
+class Mine(STAdapter):
+    def __init__(self, width: int, adapter: AdapterConfig) -> None:
+        super().__init__(width, adapter.bottleneck_width)
+
+
+class WithTeacher(VideoClassifier):
+    def __init__(self, *arguments, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        self.teacher = nn.Linear(2, 2)
+
+
+def with_teacher(recipe: Recipe, vit: ViT, mean: Triple, std: Triple) -> VideoClassifier:
+    return classifier(recipe, vit, mean, std, WithTeacher)
+"""
+
+
+def test_a_custom_file_of_the_first_layout_still_loads(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    path = tmp_path / "of_before.py"
+    path.write_text(OF_BEFORE)
+    described = {"own.file": str(path), "own.sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    code = (
+        "import json, sys\n"
+        "from stadapter import config, recipes\n"
+        "from stadapter.model.build import build_model\n"
+        "fields = json.loads(sys.argv[1])\n"
+        "for name in ({'own.adapter': 'Mine'}, {'own.model': 'with_teacher'}):\n"
+        "    model = build_model(config.replace(recipes.embedded, **fields, **name))\n"
+        "    print(type(model).__name__, type(model.adapters()[0]).__name__)\n"
+    )  # in a process of its own, where nothing else has imported the old names
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(described)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["VideoClassifier Mine", "WithTeacher STAdapter"], done.stderr
+
+
+def test_parts_that_only_a_derived_class_knows_stay_frozen(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    module = written(
+        tmp_path / "taught.py",
+        """
+        from torch import nn
+        from stadapter.model.build import classifier
+        from stadapter.model.classifier import VideoClassifier
+
+        class WithTeacher(VideoClassifier):
+            def __init__(self, *arguments, **keywords):
+                super().__init__(*arguments, **keywords)
+                self.teacher = nn.Linear(2, 2)
+
+        def with_teacher(recipe, vit, mean, std):
+            return classifier(recipe, vit, mean, std, WithTeacher)
+        """,
+    )
+    model = build_model(config.replace(tiny_recipe, **custom_model(module.with_teacher)))
+    assert trainable_parameters(model).keys() == trainable_parameters(build_model(tiny_recipe)).keys()
 
 
 def test_what_cls_gathers_in_a_custom_adapter_reaches_the_logits(tmp_path: Path, tiny_recipe: Recipe) -> None:
