@@ -39,6 +39,20 @@ class ConfigError(ValueError):
     """A value the user gave cannot work. The message is one line: what, where, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name if it has no message."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message, or its type's name if it has no message."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which clips, and how frames become pixels (paper, section 4.1 and supplement; authors' training commands)."""

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from stadapter import config, recipes
-from stadapter.config import ConfigError, Recipe
+from stadapter.config import ConfigError, Recipe, first_line, last_line
 from stadapter.results.paper import PAPER
 
 
@@ -156,3 +156,10 @@ def test_every_data_set_and_backbone_has_a_recipe_for_8_16_and_32_frames(dataset
     assert {recipe.backbone for recipe in (short, *longer)} == {short.backbone}
     if short.data.sampling == "dense":
         assert {r.data.num_frames * r.data.frame_stride for r in (short, *longer)} == {128}
+
+
+@pytest.mark.parametrize(
+    ("message", "first", "last"), [("one", "one", "one"), ("\na\nb\n", "a", "b"), ("", "ValueError", "ValueError")]
+)
+def test_the_line_of_an_error_is_its_type_where_it_has_no_message(message: str, first: str, last: str) -> None:
+    assert (first_line(ValueError(message)), last_line(ValueError(message))) == (first, last)

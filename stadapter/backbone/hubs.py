@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stadapter.backbone.state_dicts import from_timm, read_state
 from stadapter.backbone.vit import VitShape
-from stadapter.config import ConfigError
+from stadapter.config import ConfigError, first_line
 
 PROBE_TIMEOUT_S = 5.0
 
@@ -206,7 +206,7 @@ def download_timm(name: str) -> dict[str, Tensor]:
         return from_timm(model.state_dict())
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"timm/{name}: its weights could not be loaded ({_first_line(error)}); try --weights FILE"
+            f"timm/{name}: its weights could not be loaded ({first_line(error)}); try --weights FILE"
         ) from None
 
 
@@ -304,7 +304,7 @@ def download_open_clip(name: str) -> dict[str, Tensor]:
         file = open_clip.download_pretrained(published)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"open_clip/{name}: its weights could not be downloaded ({_first_line(error)}); try --weights FILE"
+            f"open_clip/{name}: its weights could not be downloaded ({first_line(error)}); try --weights FILE"
         ) from None
     return read_state(Path(file))
 
@@ -312,7 +312,3 @@ def download_open_clip(name: str) -> dict[str, Tensor]:
 def _triple(values: Iterable[float]) -> tuple[float, float, float]:
     red, green, blue = values
     return float(red), float(green), float(blue)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stadapter.config import ConfigError
+from stadapter.config import ConfigError, first_line
 
 # ours -> theirs, outside and inside the blocks
 _OPEN_CLIP = {
@@ -150,8 +150,9 @@ def _unpickle(file: Path) -> Any:
                 warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated; the archives remain
                 return torch.jit.load(str(file), map_location="cpu").state_dict()
         except RuntimeError:
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(f"{file}: is not a file of weights that can be read safely ({reason})") from None
+            raise ConfigError(
+                f"{file}: is not a file of weights that can be read safely ({first_line(error)})"
+            ) from None
 
 
 def _strip(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

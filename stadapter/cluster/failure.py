@@ -6,6 +6,7 @@ import contextlib
 import traceback
 from pathlib import Path
 
+from stadapter.config import last_line
 from stadapter.trials import files
 
 ERROR = "error.txt"  # in a trial's folder: why it failed last
@@ -14,7 +15,7 @@ ERROR = "error.txt"  # in a trial's folder: why it failed last
 def write_error(folder: Path, error: Exception) -> str:
     """Write why a trial failed into its folder, the cause as the last line, and return that line."""
     text = files.without_passwords("".join(traceback.format_exception(error)))
-    cause = files.without_passwords((str(error).strip().splitlines() or [type(error).__name__])[-1])
+    cause = files.without_passwords(last_line(error))
     with contextlib.suppress(OSError):  # a full or read-only disk may be the very error; the sweep learns it anyway
         folder.mkdir(parents=True, exist_ok=True)
         files.write_atomically(folder / ERROR, f"{text}\n{cause}\n".encode())

@@ -10,7 +10,7 @@ from typing import Any
 
 from stadapter.cluster.ray_environment import ray, variables
 from stadapter.cluster.resources import Resources
-from stadapter.config import ConfigError
+from stadapter.config import ConfigError, first_line
 
 PACKAGE = Path(__file__).parents[1]  # the folder of this package, for the nodes of a cluster
 REACH_TIMEOUT_S = 5.0
@@ -53,7 +53,7 @@ def _init(where: str, **options: Any) -> None:
     try:
         ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"{where}: Ray cannot be started or reached ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{where}: Ray cannot be started or reached ({first_line(error)})") from None
     for name in ("ray", "ray.tune", "ray.train"):  # after ray.init, which sets other levels
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

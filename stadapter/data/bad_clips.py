@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from stadapter.config import last_line
 from stadapter.data.video.packets import ClipError
 from stadapter.trials.record import Unreadable
 
@@ -45,7 +46,7 @@ class BadClips:
                 self.note(batch)
                 yield batch
         except ClipError as error:  # from a loader worker, the traceback comes before the last line
-            raise BadClipsError(str(error).splitlines()[-1]) from None
+            raise BadClipsError(last_line(error)) from None
 
     def note(self, batch: dict[str, Any]) -> None:
         self.reasons.update({bad.index: bad.reason for bad in batch["bad_clips"]})

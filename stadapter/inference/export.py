@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stadapter.config import ConfigError, Recipe
+from stadapter.config import ConfigError, Recipe, first_line
 from stadapter.data.transforms import pixel_dtype
 from stadapter.model.classifier import VideoClassifier
 from stadapter.trials import files
@@ -56,7 +56,7 @@ def export(model: VideoClassifier, recipe: Recipe, file: str | Path) -> float:
         try:
             exported = _write_pt2(program, written) if file.suffix == ".pt2" else _write_onnx(program, written)
         except Exception as error:  # of many kinds, a full disk among them
-            raise ExportError(f"{file}: cannot be written ({_first_line(error)})") from error
+            raise ExportError(f"{file}: cannot be written ({type(error).__name__}: {first_line(error)})") from error
         difference = _compare(model, exported, recipe, written)
         files.write_atomically(file, written.read_bytes())
     return difference
@@ -88,7 +88,7 @@ def _trace(model: VideoClassifier, recipe: Recipe) -> torch.export.ExportedProgr
                 strict=True,
             )
     except Exception as error:  # of many kinds; custom adapters and models may do anything
-        raise ExportError(f"the model cannot be traced ({_first_line(error)})") from error
+        raise ExportError(f"the model cannot be traced ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _compare(model: VideoClassifier, exported: Exported, recipe: Recipe, file: Path) -> float:
@@ -124,7 +124,3 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Exported:
     written.save(file, external_data=False)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

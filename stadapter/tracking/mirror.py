@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from stadapter.config import ConfigError
+from stadapter.config import ConfigError, first_line
 from stadapter.tracking.store import STORE_ERRORS, Store
 from stadapter.trials import files, record
 from stadapter.trials.sweep import Sweep, Trial
@@ -155,6 +155,6 @@ def sync(sweep: Sweep, output: Path, tracking_uri: str, *, experiment: str = "st
 
 def reason_of(error: Exception) -> str:
     """Return a store's error as one line without passwords."""
-    text = files.without_passwords((str(error).splitlines() or [""])[0]) or type(error).__name__
+    text = files.without_passwords(first_line(error))
     unreachable = re.match(r"API request to (\w+://[^/]+).* failed with exception", text)
     return f"{unreachable[1]} does not answer" if unreachable else text[:160]

@@ -14,6 +14,7 @@ from stadapter.ablation.plan.gpus import DEFAULT_GPU, GPUS, gpu_named
 from stadapter.ablation.plan.memory import Memory, memory_of
 from stadapter.config import ConfigError, Recipe
 from stadapter.model.cost import Cost, cost_of
+from stadapter.results.grids import padded
 from stadapter.training.options import GPU_CLIPS_PER_PASS
 from stadapter.training.token_cache import check_pixels
 from stadapter.trials.status import Entry
@@ -134,7 +135,7 @@ def to_text(plan: Plan, options: SweepOptions) -> str:
             f"recipe {plan.sweep.recipe.name}: {len(plan.states)} trials, {plan.todo} to run; nothing is started\n",
             *(f"  {trial.name:<{width}}  {trial.id}  {state}" for trial, state in plan.states),
             "",
-            *_padded(_rows(plan)),
+            *padded(_rows(plan)),
             "",
             *_notes(plan, options),
         ]
@@ -158,18 +159,6 @@ def _rows(plan: Plan) -> list[list[str]]:
             ]
             for arm in plan.arms
         ),
-    ]
-
-
-def _padded(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of cells as lines with columns, the first column to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
     ]
 
 

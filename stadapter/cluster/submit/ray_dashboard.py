@@ -26,7 +26,7 @@ from ray.util.state import StateApiClient
 from ray.util.state.common import ListApiOptions, StateResource
 from ray.util.state.exception import RayStateApiException
 
-from stadapter.config import ConfigError
+from stadapter.config import ConfigError, last_line
 
 LIMIT_S = 20.0
 _REFUSED = getattr(ray.exceptions, "AuthenticationError", ())  # a Ray without tokens has no such error
@@ -69,10 +69,10 @@ def _answer(address: str, question: Callable[[dict[str, str]], _Answer], limit_s
     except TimeoutError:
         reason = f"no Ray dashboard answers there (nothing in {limit_s:g} s)"
     except (OSError, ValueError, LookupError) as error:  # a closed port, or some other server
-        reason = f"no Ray dashboard answers there ({_last_line(error)})"
+        reason = f"no Ray dashboard answers there ({last_line(error)})"
     except RuntimeError as error:  # Ray's clients raise it for every other status, with the server's traceback
         unknown = "status code 404" in str(error)
-        reason = "does not know this job; the cluster may have been started anew" if unknown else _last_line(error)
+        reason = "does not know this job; the cluster may have been started anew" if unknown else last_line(error)
     raise ConfigError(f"--ray-address {address}: {reason}")
 
 
@@ -88,10 +88,6 @@ def _in_time(call: Callable[[], _Answer], limit_s: float | None) -> _Answer:
 
     threading.Thread(target=run, daemon=True).start()
     return answer.result(limit_s)
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _token() -> str | None:

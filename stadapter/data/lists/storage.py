@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from stadapter.config import ConfigError
+from stadapter.config import ConfigError, first_line
 from stadapter.data.lists.bounded_folder import Entry, cache_folder, remove_least_recently_used
 
 Root = str | os.PathLike[str]
@@ -134,7 +134,7 @@ def _fetch(address: str, copy: Path) -> int:
         except OSError:
             raise
         except Exception as error:  # each of fsspec's back ends has errors of its own
-            raise OSError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+            raise OSError(f"{type(error).__name__}: {first_line(error)}") from None
         size = os.path.getsize(part)
         _mark_used(part)
         os.replace(part, copy)
@@ -196,4 +196,4 @@ def _errors(path: Root) -> Iterator[None]:
     except ImportError as error:
         raise ConfigError(f"{os.fspath(path)}: needs a package that is not installed ({error})") from None
     except Exception as error:  # each of fsspec's back ends has errors of its own
-        raise ConfigError(f"{os.fspath(path)}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{os.fspath(path)}: cannot be read ({first_line(error)})") from None

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from stadapter.config import last_line
 from stadapter.data.video.packets import (
     ClipError,
     Indices,
@@ -44,8 +45,7 @@ def decode_where_exact(path: PathLike, indices: Indices, library: str, module: A
     try:
         return read(module, os.fspath(path), wanted, len(found.shown))
     except (RuntimeError, getattr(module, "DECORDError", RuntimeError)) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ClipError(f"{os.fspath(path)}: {library} cannot decode it ({reason})") from None
+        raise ClipError(f"{os.fspath(path)}: {library} cannot decode it ({last_line(error)})") from None
 
 
 def _read_decord(decord: Any, path: str, wanted: list[int], total: int) -> np.ndarray | None:
