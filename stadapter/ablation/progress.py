@@ -163,11 +163,22 @@ def _same_command() -> str:
     return files.without_passwords(shlex.join([python, *(word for word in sys.argv if word != "--force")]))
 
 
+def front_door() -> str:
+    """Return how `stadapter` can be typed here: its name if it is on the PATH, else its path, else as a module."""
+    script = Path(sys.executable).with_name("stadapter")
+    if not script.exists():
+        return f"{min(sys.executable, os.path.relpath(sys.executable), key=len)} -m stadapter"
+    on_path = shutil.which("stadapter")
+    if on_path is not None and Path(on_path).samefile(script):
+        return "stadapter"
+    return min(str(script), os.path.relpath(script), key=len)
+
+
 def _next_commands(options: SweepOptions) -> list[str]:
     output = "" if options.output == DEFAULT_OUTPUT else f" --output {shlex.quote(str(options.output))}"
-    lines = [f"  stadapter report{output}    # all sweeps of this folder on one page"]
+    lines = [f"  {front_door()} report{output}    # all sweeps of this folder on one page"]
     if options.tracking_uri is not None:
         uri = shlex.quote(files.without_passwords(options.tracking_uri))
         store = "" if options.tracking_uri == DEFAULT_STORE else f" --tracking-uri {uri}"
-        lines.insert(0, f"  stadapter ui{store}    # compare the runs in MLflow")
+        lines.insert(0, f"  {front_door()} ui{store}    # compare the runs in MLflow")
     return lines

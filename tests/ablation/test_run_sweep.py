@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from stadapter import config
 from stadapter.ablation import Arm, Outcome, SweepOptions, TrialEvent, run_sweep
 from stadapter.ablation.exit_codes import DONE, FAILED, STOPPED
 from stadapter.ablation.flags import make_parser, sweep_options
-from stadapter.ablation.progress import conclusion
+from stadapter.ablation.progress import conclusion, front_door
 from stadapter.cluster.resources import Resources
 from stadapter.config import ConfigError, Recipe
 from stadapter.training.options import TrainOptions
@@ -109,7 +111,7 @@ def test_an_outcome_stands_for_an_exit_code_and_says_how_to_go_on(tmp_path: Path
         outcome = Outcome(sweep, nothing, trials, (), stopped, tmp_path, ())
         codes[name] = outcome.exit_code, " ".join(conclusion(outcome, options))
     assert [code for code, _ in codes.values()] == [DONE, FAILED, STOPPED]
-    assert "--only left them out" in codes["done"][1] and "stadapter ui " in codes["done"][1]
+    assert "--only left them out" in codes["done"][1] and f"{front_door()} ui " in codes["done"][1]
     assert "They failed 2 times each" in codes["failed"][1] and "--max-failures 3" in codes["failed"][1]
     assert "This continues them from their checkpoints" in codes["stopped"][1]
 
@@ -120,3 +122,12 @@ def test_the_flags_default_to_the_options_defaults() -> None:
     given = make_parser("Question?", ["8"]).parse_args(["--tracking-uri", "none", "--only", "a", "--cache-prefix", "2"])
     options = sweep_options(given)
     assert (options.tracking_uri, options.only, options.training.token_cache_gb) == (None, ("a",), 2)
+
+
+@pytest.mark.parametrize("path", ["", str(Path(sys.executable).parent)])
+def test_the_printed_name_of_the_command_can_be_typed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the PATH its name is enough; `make demo` does not put it there."""
+    monkeypatch.setenv("PATH", path)
+    assert front_door() == "stadapter" if path else front_door().endswith(("/stadapter", " -m stadapter"))
+    done = subprocess.run([*front_door().split(), "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("stadapter ")
